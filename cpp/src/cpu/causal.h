@@ -1,0 +1,347 @@
+// SPDX-License-Identifier: Apache-2.0
+// Causal latent attention of one head, forward and backward (latte, Sections 4 and 5).
+//
+// Backward, with S the unnormalised state, u_t = dP_t = (dy_t . S_t) / z_t, w = p / z:
+//   dq_t = p_t (u_t - <p_t, u_t>)
+//   R_s = sum_(t>=s) w_t (x) dy_t      c_s = -sum_(t>=s) w_t u_t
+//   dv_s = sum_l e_s R_s               dk_s = e_s (v_s . R_s + c_s)
+// Every contraction over D is the output half of the same scan on a transposed state, so there is
+// no horizontal sum: pass F forward in time on S^T gives u, and pass R backward in time gives dv
+// (on R) and v . R (on R^T): 12 L D operations. Pass F notes r and z at every chunk border, 2 L
+// numbers, so that pass R prepares each chunk from the same reference; nothing else is kept.
+#pragma once
+
+#include "cpu/head.h"
+
+namespace latte::LATTE_ISA {
+
+template <class T>
+struct CausalForwardScratch {
+  T *q, *k, *p, *ew, *alpha, *v, *y, *r, *z, *top, *state;
+
+  CausalForwardScratch(Arena& arena, const HeadTask& task) {
+    const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
+    q = arena.take<T>(row);
+    k = arena.take<T>(row);
+    p = arena.take<T>(row);
+    ew = arena.take<T>(paired_size<T>(width, kChunk));
+    alpha = arena.take<T>(blocked_size<T>(width, kChunk));
+    v = arena.take<T>(blocked_size<T>(task.dim, kChunk));
+    y = arena.take<T>(blocked_size<T>(task.dim, kChunk));
+    r = arena.take<T>(width);
+    z = arena.take<T>(width);
+    top = arena.take<T>(width);
+    state = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
+  }
+};
+
+template <class T>
+inline void causal_forward(const HeadTask& task, Arena arena) {
+  const CausalForwardScratch<T> s(arena, task);
+  const int64_t rows = task.tokens * task.group, width = round_up<T>(task.latents);
+  const int64_t stride = padded_stride<T>(width);
+  const Source<T> q = logits_q<T>(task), k = logits_k<T>(task, task.group);
+  const Source<T> v = values<T>(task, task.group);
+  const Sink<T> y(task.y, PerRow::every, task.dim, task.group);
+  const Tiles<T> state{s.state, task.latents, task.dim};
+  const Normaliser<T> norm{s.r, s.z, s.top};
+  Prepared<T> prepared;
+  prepared.ew = s.ew;
+  prepared.p = s.p;
+  prepared.row_stride = stride;
+  prepared.alpha = s.alpha;
+  start_state(task.initial, task.latents, task.dim, width, norm, state, false);
+
+  for (int64_t first = 0; first < rows; first += kChunk) {
+    const int64_t n = rows - first < kChunk ? rows - first : kChunk;
+    const RowsInUse<T> qs(q, first, n, s.q, stride), ks(k, first, n, s.k, stride);
+    const bool rise = prepare<T, Operands::forward>(n, width, qs.data, qs.stride, ks.data,
+                                                    ks.stride, norm, prepared);
+    pack_blocks(v, first, n, s.v);
+    PrefetchList next;
+    ScanOperands<T> scan = scan_operands<T>(n, s.ew, s.v, s.y, state);
+    scan.alpha = s.alpha;
+    if (y.in_place()) {
+      scan.direct = y.row_in_place(first);
+      scan.direct_stride = y.stride_in_place();
+    }
+    if (first + n < rows) {
+      next.add(k, first + n);
+      next.add(q, first + n);
+      next.add(v, first + n);
+      next.add(y, first + n);
+      next.pace(tile_count(state));
+      scan.prefetch = &next;
+    }
+    if (rise) {
+      scan_tiles<T, Part::both, Decay::rows_before>(scan);
+    } else {
+      scan_tiles<T, Part::both, Decay::none>(scan);
+    }
+    flush_blocks(y, first, n, s.y);
+  }
+  finish_state(task.final, task.latents, task.dim, norm, state, false);
+}
+
+template <class T>
+struct CausalBackwardScratch {
+  T *q, *k, *p, *w, *inverse_z, *dq, *dk;        // rows of L
+  T *ew, *alpha, *weights, *u;                   // e|w paired; blocked over L
+  T *vg, *g, *dv;                                // v|dy paired; blocked over D
+  T *r, *z, *top, *c, *borders, *wu;
+  T *forward_state, *r_state, *r_transposed;
+
+  CausalBackwardScratch(Arena& arena, const HeadTask& task, bool wu_in_place) {
+    const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
+    const int64_t rows = task.tokens * task.group;
+    for (T** p_row : {&q, &k, &p, &w, &inverse_z, &dq, &dk}) *p_row = arena.take<T>(row);
+    ew = arena.take<T>(paired_size<T>(width, kChunk));
+    for (T** block : {&alpha, &weights, &u})
+      *block = arena.take<T>(blocked_size<T>(width, kChunk));
+    vg = arena.take<T>(paired_size<T>(task.dim, kChunk));
+    for (T** block : {&g, &dv}) *block = arena.take<T>(blocked_size<T>(task.dim, kChunk));
+    for (T** per_latent : {&r, &z, &top, &c}) *per_latent = arena.take<T>(width);
+    borders = arena.take<T>((rows + kChunk - 1) / kChunk * 2 * width);
+    wu = wu_in_place ? nullptr : arena.take<T>(rows * padded_stride<T>(width));
+    const int64_t transposed = Tiles<T>::size(task.dim, task.latents);
+    forward_state = arena.take<T>(transposed);
+    r_transposed = arena.take<T>(transposed);
+    r_state = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
+  }
+};
+
+// [v | dy] paired, and dy blocked unless `g` is null.
+template <class T>
+LATTE_INLINE void pack_values_and_gradients(const Source<T>& v, const Source<T>& dy, int64_t first,
+                                            int64_t n, T* vg, T* g) {
+  constexpr int64_t lanes = kLanes<T>;
+  // v goes first to the low halves' place, whole; the second walk pairs it with dy.
+  T* const block = vg;
+  const int64_t block_stride = row_block_stride<T>(kChunk);
+  v.for_each_vector(first, n, [&](int64_t i, int64_t c, Vec<T> x) {
+    store(block + c / kRows<T> * block_stride + i * lanes, x);
+  });
+  dy.for_each_vector(first, n, [&](int64_t i, int64_t c, Vec<T> x) {
+    store_pair(vg, kChunk, i, c, load(block + c / kRows<T> * block_stride + i * lanes), x);
+    if (g) store(blocked(g, kChunk, i, c), x);
+  });
+}
+
+template <class T>
+class CausalBackward {
+ public:
+  CausalBackward(const HeadTask& task, Arena arena)
+      : task_(task),
+        dq_(task.dq, PerRow::every, task.latents, task.group),
+        dk_(task.dk, PerRow::first, task.latents, task.group),
+        dv_(task.dv, PerRow::first, task.dim, task.group),
+        s_(arena, task, dk_.in_place()) {
+    // w u waits in dk for pass R where dk can hold it.
+    wu_ = dk_.in_place() ? dk_.row_in_place(0) : s_.wu;
+    wu_stride_ = dk_.in_place() ? dk_.stride_in_place() : stride_;
+  }
+
+  void run() {
+    pass_forward();
+    seed();
+    for (int64_t first = (rows_ - 1) / kChunk * kChunk; first >= 0 && rows_ > 0; first -= kChunk)
+      pass_reverse(first);
+    initial_gradient();
+  }
+
+ private:
+  int64_t tokens_in_chunk(int64_t first) const {
+    return rows_ - first < kChunk ? rows_ - first : kChunk;
+  }
+  T* border(int64_t first) const { return s_.borders + first / kChunk * 2 * width_; }
+
+  Prepared<T> prepared() const {
+    Prepared<T> out;
+    out.ew = s_.ew;
+    out.blocked = s_.weights;
+    out.p = s_.p;
+    out.w = s_.w;
+    out.inverse_z = s_.inverse_z;
+    out.row_stride = stride_;
+    out.alpha = s_.alpha;
+    return out;
+  }
+
+  void pass_forward() {
+    start_state(task_.initial, task_.latents, task_.dim, width_, norm_, forward_state_, true);
+    for (int64_t first = 0; first < rows_; first += kChunk) {
+      const int64_t n = tokens_in_chunk(first);
+      __builtin_memcpy(border(first), s_.r, width_ * sizeof(T));
+      __builtin_memcpy(border(first) + width_, s_.z, width_ * sizeof(T));
+      const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
+      const bool rise = prepare<T, Operands::gradient_forward>(
+          n, width_, qs.data, qs.stride, ks.data, ks.stride, norm_, prepared());
+      pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, nullptr);
+      PrefetchList next;
+      ScanOperands<T> scan = scan_operands<T>(n, s_.vg, s_.weights, s_.u, forward_state_);
+      scan.alpha = s_.alpha;
+      if (first + n < rows_) {
+        next.add(k_, first + n);
+        next.add(q_, first + n);
+        next.add(v_, first + n);
+        next.add(dy_, first + n);
+        next.add(dk_, first);
+        next.add(dq_, first);
+        next.pace(tile_count(forward_state_));
+        scan.prefetch = &next;
+      }
+      if (rise) {
+        scan_tiles<T, Part::both, Decay::columns_before>(scan);
+      } else {
+        scan_tiles<T, Part::both, Decay::none>(scan);
+      }
+      query_gradient(first, n);
+    }
+  }
+
+  // dq of a chunk from u z, and w u for pass R.
+  void query_gradient(int64_t first, int64_t n) {
+    const RowsResult<T> dq(dq_, first, s_.dq, stride_);
+    const T scale = T(task_.scale);
+    for (int64_t t = 0; t < n; ++t) {
+      const T *w = s_.w + t * stride_, *p = s_.p + t * stride_, *iz = s_.inverse_z + t * stride_;
+      T *dq_row = dq.data + t * dq.stride, *wu_row = wu_ + (first + t) * wu_stride_;
+      Vec<T> sum = {};
+      for (int64_t l = 0; l < width_; l += kLanes<T>)
+        sum += load(w + l) * load(blocked(s_.u, kChunk, t, l));
+      const Vec<T> mean = splat(reduce_add<T>(sum));
+      for (int64_t l = 0; l < width_; l += kLanes<T>) {
+        const Vec<T> u = load(blocked(s_.u, kChunk, t, l)) * load(iz + l);
+        store(dq_row + l, load(p + l) * (u - mean) * scale);
+        store(wu_row + l, load(w + l) * u);
+      }
+    }
+    dq.flush(n);
+  }
+
+  // R and c after the last token, from the gradient of the final state: with mean = S / z and
+  // norm = z exp(r - max), R = d_mean / z and c = -d_mean . mean / z + d_norm exp(r - max).
+  void seed() {
+    r_state_.clear();
+    r_transposed_.clear();
+    for (int64_t l = 0; l < width_; ++l) s_.c[l] = 0;
+    const HeadState& d = task_.d_final;
+    if (!d.norm && !d.mean) return;
+    for (int64_t l = 0; l < task_.latents; ++l) {
+      const T z = s_.z[l];
+      if (z == 0) continue;
+      T dot = 0;
+      for (int64_t i = 0; d.mean && i < task_.dim; ++i) {
+        const T g = read<T>(d.mean, l * d.mean_stride_l + i * d.mean_stride_d) / z;
+        r_state_.at(l, i) = g;
+        r_transposed_.at(i, l) = g;
+        dot += g * forward_state_.at(i, l) / z;
+      }
+      const T d_norm = d.norm ? read<T>(d.norm, l * d.norm_stride) : T(0);
+      s_.c[l] = d_norm * exp_scalar(s_.r[l] - s_.top[l]) - dot;
+    }
+  }
+
+  void pass_reverse(int64_t first) {
+    const int64_t n = tokens_in_chunk(first);
+    __builtin_memcpy(s_.r, border(first), width_ * sizeof(T));
+    __builtin_memcpy(s_.z, border(first) + width_, width_ * sizeof(T));
+    const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
+    const bool rise = prepare<T, Operands::gradient_reverse>(
+        n, width_, qs.data, qs.stride, ks.data, ks.stride, norm_, prepared());
+    pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, s_.g);
+    PrefetchList next;
+    // R += w (x) dy, dv = e . R
+    ScanOperands<T> rows = scan_operands<T>(n, s_.ew, s_.g, s_.dv, r_state_);
+    // R^T += dy (x) w, v . R
+    ScanOperands<T> columns = scan_operands<T>(n, s_.vg, s_.weights, s_.u, r_transposed_);
+    rows.swap = columns.swap = true;
+    rows.reverse = columns.reverse = true;
+    rows.alpha = columns.alpha = s_.alpha;
+    if (dv_.in_place()) {
+      rows.direct = dv_.row_in_place(first);
+      rows.direct_stride = dv_.stride_in_place();
+    }
+    if (first > 0) {
+      const int64_t before = first - kChunk;
+      next.add(k_, before);
+      next.add(q_, before);
+      next.add(v_, before);
+      next.add(dy_, before);
+      next.add(dk_, before);
+      next.add(dv_, before);
+      next.pace(tile_count(r_state_) + tile_count(r_transposed_));
+      rows.prefetch = columns.prefetch = &next;
+    }
+    if (rise) {
+      scan_tiles<T, Part::both, Decay::rows_after>(rows);
+      scan_tiles<T, Part::both, Decay::columns_after>(columns);
+      key_gradient<true>(first, n);
+    } else {
+      scan_tiles<T, Part::both, Decay::none>(rows);
+      scan_tiles<T, Part::both, Decay::none>(columns);
+      key_gradient<false>(first, n);
+    }
+    flush_blocks(dv_, first, n, s_.dv);
+  }
+
+  // dk = e (v . R + c), walking c back through the chunk.
+  template <bool kRise>
+  void key_gradient(int64_t first, int64_t n) {
+    const RowsResult<T> dk(dk_, first, s_.dk, stride_);
+    const T scale = T(task_.scale);
+    for (int64_t l = 0; l < width_; l += kLanes<T>) {
+      Vec<T> c = load(s_.c + l);
+      for (int64_t t = n - 1; t >= 0; --t) {
+        c -= load(wu_ + (first + t) * wu_stride_ + l);
+        const Vec<T> vr = load(blocked(s_.u, kChunk, t, l));
+        store(dk.data + t * dk.stride + l, load_x(s_.ew, kChunk, t, l) * (vr + c) * scale);
+        if constexpr (kRise) c *= load(blocked(s_.alpha, kChunk, t, l));
+      }
+      store(s_.c + l, c);
+    }
+    dk.flush(n);
+  }
+
+  // The initial state counts as one token at time 0: S_0 = norm mean, z_0 = norm in reference max.
+  void initial_gradient() {
+    const HeadState &d = task_.d_initial, &initial = task_.initial;
+    if (!d.norm) return;
+    for (int64_t l = 0; l < task_.latents; ++l) {
+      const T mass = read<T>(initial.norm, l * initial.norm_stride);
+      const bool empty =
+          mass == 0 || read<T>(initial.max, l * initial.max_stride) == -T(__builtin_inf());
+      T d_norm = empty ? T(0) : s_.c[l];
+      for (int64_t i = 0; i < task_.dim; ++i) {
+        const T r = empty ? T(0) : r_state_.at(l, i);
+        const T mean =
+            empty ? T(0)
+                  : read<T>(initial.mean, l * initial.mean_stride_l + i * initial.mean_stride_d);
+        static_cast<T*>(d.mean)[l * d.mean_stride_l + i * d.mean_stride_d] = mass * r;
+        d_norm += mean * r;
+      }
+      static_cast<T*>(d.norm)[l * d.norm_stride] = d_norm;
+    }
+  }
+
+  const HeadTask& task_;
+  const Sink<T> dq_, dk_, dv_;
+  const CausalBackwardScratch<T> s_;
+  const Source<T> q_ = logits_q<T>(task_), k_ = logits_k<T>(task_, task_.group);
+  const Source<T> v_ = values<T>(task_, task_.group), dy_ = output_gradient<T>(task_);
+  const int64_t rows_ = task_.tokens * task_.group, width_ = round_up<T>(task_.latents);
+  const int64_t stride_ = padded_stride<T>(width_);
+  const Normaliser<T> norm_{s_.r, s_.z, s_.top};
+  const Tiles<T> forward_state_{s_.forward_state, task_.dim, task_.latents};
+  const Tiles<T> r_state_{s_.r_state, task_.latents, task_.dim};
+  const Tiles<T> r_transposed_{s_.r_transposed, task_.dim, task_.latents};
+  T* wu_;
+  int64_t wu_stride_;
+};
+
+template <class T>
+inline void causal_backward(const HeadTask& task, Arena arena) {
+  CausalBackward<T>(task, arena).run();
+}
+
+}  // namespace latte::LATTE_ISA

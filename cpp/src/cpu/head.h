@@ -1,0 +1,148 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the drivers of one head share: its sources and sinks, its state in and out.
+#pragma once
+
+#include "cpu/arena.h"
+#include "cpu/prepare.h"
+
+namespace latte::LATTE_ISA {
+
+using cpu::HeadState;
+using cpu::HeadTask;
+
+template <class T>
+inline constexpr T kAbsentLogit = T(-__builtin_inf());
+
+template <class T>
+LATTE_INLINE Source<T> logits_q(const HeadTask& task) {
+  return {task.q, PerRow::every, task.latents, task.group, kAbsentLogit<T>, T(task.scale)};
+}
+template <class T>
+LATTE_INLINE Source<T> logits_k(const HeadTask& task, int64_t group) {
+  return {task.k,        PerRow::first,           task.latents, group, kAbsentLogit<T>,
+          T(task.scale), task.key_mask,           task.key_mask_stride};
+}
+// A masked value reads as zero: its weight is zero, and 0 * NaN is not.
+template <class T>
+LATTE_INLINE Source<T> values(const HeadTask& task, int64_t group) {
+  return {task.v, PerRow::first, task.dim, group, T(0), T(1), task.key_mask, task.key_mask_stride};
+}
+template <class T>
+LATTE_INLINE Source<T> output_gradient(const HeadTask& task) {
+  return {task.dy, PerRow::every, task.dim, task.group, T(0)};
+}
+
+// n rows in place if the scan can read them there, else copied to `scratch`.
+template <class T>
+struct RowsInUse {
+  const T* data;
+  int64_t stride;
+
+  RowsInUse(const Source<T>& source, int64_t first, int64_t n, T* scratch, int64_t scratch_stride)
+      : data(scratch), stride(scratch_stride) {
+    if (source.in_place()) {
+      data = source.row_in_place(first);
+      stride = source.stride_in_place();
+    } else {
+      source.copy(first, n, scratch, scratch_stride);
+    }
+  }
+};
+
+// Rows of a result: written in place if possible, else to `scratch` and converted by flush().
+template <class T>
+class RowsResult {
+ public:
+  RowsResult(const Sink<T>& sink, int64_t first, T* scratch, int64_t scratch_stride)
+      : data(scratch), stride(scratch_stride), sink_(sink), first_(first) {
+    if (!sink.in_place()) return;
+    data = sink.row_in_place(first);
+    stride = sink.stride_in_place();
+  }
+  void flush(int64_t n) const {
+    if (sink_.in_place()) return;
+    sink_.write(first_, n, [&](int64_t i, int64_t c) { return load(data + i * stride + c); });
+  }
+
+  T* data;
+  int64_t stride;
+
+ private:
+  const Sink<T>& sink_;
+  int64_t first_;
+};
+
+// n rows of a sink that is not written in place, out of blocks of a chunk.
+template <class T>
+LATTE_INLINE void flush_blocks(const Sink<T>& sink, int64_t first, int64_t n, const T* blocks) {
+  if (sink.in_place()) return;
+  sink.write(first, n,
+             [&](int64_t i, int64_t c) { return load(blocked(blocks, kChunk, i, c)); });
+}
+
+template <class T>
+LATTE_INLINE void pack_blocks(const Source<T>& source, int64_t first, int64_t n, T* blocks) {
+  source.for_each_vector(first, n, [&](int64_t i, int64_t c, Vec<T> x) {
+    store(blocked(blocks, kChunk, i, c), x);
+  });
+}
+
+template <class T>
+LATTE_INLINE ScanOperands<T> scan_operands(int64_t n, const T* xg, const T* y, T* o,
+                                           const Tiles<T>& state) {
+  ScanOperands<T> scan;
+  scan.tokens = n;
+  scan.chunk = kChunk;
+  scan.xg = xg;
+  scan.y = y;
+  scan.o = o;
+  scan.state = state;
+  return scan;
+}
+
+template <class T>
+LATTE_INLINE T read(const void* base, int64_t offset) {
+  return static_cast<const T*>(base)[offset];
+}
+
+// The state in the kernels' form: normaliser, and S = norm * mean in tiles.
+template <class T>
+inline void start_state(const HeadState& state, int64_t latents, int64_t dim, int64_t width,
+                        const Normaliser<T>& norm, const Tiles<T>& tiles, bool transposed) {
+  tiles.clear();
+  for (int64_t l = 0; l < width; ++l) {
+    norm.r[l] = kLowest<T>;
+    norm.z[l] = 0;
+    norm.top[l] = -T(__builtin_inf());
+  }
+  if (!state.norm) return;
+  for (int64_t l = 0; l < latents; ++l) {
+    const T mass = read<T>(state.norm, l * state.norm_stride);
+    const T top = read<T>(state.max, l * state.max_stride);
+    if (mass == 0 || top == -T(__builtin_inf())) continue;
+    norm.r[l] = norm.top[l] = top;
+    norm.z[l] = mass;
+    for (int64_t d = 0; d < dim; ++d) {
+      const T mean = read<T>(state.mean, l * state.mean_stride_l + d * state.mean_stride_d);
+      (transposed ? tiles.at(d, l) : tiles.at(l, d)) = mass * mean;
+    }
+  }
+}
+
+// Writes max, norm and mean; `divided`: the tiles hold the mean already.
+template <class T>
+inline void finish_state(const HeadState& state, int64_t latents, int64_t dim,
+                         const Normaliser<T>& norm, const Tiles<T>& tiles, bool divided) {
+  if (!state.norm) return;
+  for (int64_t l = 0; l < latents; ++l) {
+    const T z = norm.z[l];
+    const T scale = z == 0 ? T(0) : (divided ? T(1) : 1 / z);
+    static_cast<T*>(state.max)[l * state.max_stride] = norm.top[l];
+    static_cast<T*>(state.norm)[l * state.norm_stride] =
+        z == 0 ? T(0) : z * exp_scalar(norm.r[l] - norm.top[l]);
+    T* mean = static_cast<T*>(state.mean) + l * state.mean_stride_l;
+    for (int64_t d = 0; d < dim; ++d) mean[d * state.mean_stride_d] = tiles.at(l, d) * scale;
+  }
+}
+
+}  // namespace latte::LATTE_ISA

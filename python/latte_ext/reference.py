@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latent attention in plain torch: the executable specification (arXiv 2402.17512).
+
+Every other backend is tested against this file, so it is written to be read: any device, float32
+or float64, differentiable to any order and in forward mode, no tuning. It is also what
+``backend="reference"`` runs. Arguments are taken as valid; `latte_ext.latent_attention` checks.
+
+Notation: B batch, T tokens, H query heads, Hk key/value heads (query head h reads key/value head
+h // (H // Hk)), L latents per head, D value channels per head, N sequences (B, or
+len(cu_seqlens) - 1 when packed)::
+
+    p(l|t)   = softmax over latents of q[t, :]
+    p(s|l,t) = exp k[s,l] / sum over s' of exp k[s',l]     s, s' <= t if causal, else all positions
+    y[t]     = sum over l of p(l|t) * (sum over s of p(s|l,t) v[s])
+
+The inner sum is the mean of a *state* ``(max, norm, mean)`` of shapes (N,Hk,L), (N,Hk,L) and
+(N,Hk,L,D), which summarises a set of tokens per latent::
+
+    max = max of k      norm = sum of exp(k - max)      mean = sum of p(s|l) v[s]
+
+and ``(-inf, 0, 0)`` for the empty set. ``max`` is a reference point that y does not depend on while
+``max + log(norm)`` is fixed: it is constant under differentiation, norm and mean carry gradients.
+
+Conventions: a -inf key, and a latent that no token has used, contribute exact zeros and p(l|t) is
+not renormalised over the others; a row of q that is all -inf gives y = 0; a NaN or +inf key gives
+NaN from there on in its latent. `scale` multiplies the logits q and k, so that states are in scaled
+logits. `key_mask` (True = a real token) removes keys and values, whatever they hold; y is computed
+at every position. Arithmetic is float64 if an input is, else float32, under autocast too; y has the
+dtype of v.
+"""
+
+import contextlib
+from functools import reduce
+
+import torch
+from torch import Tensor
+
+StateTensors = tuple[Tensor, Tensor, Tensor]
+
+
+def empty_state(
+    batch: int, heads: int, latents: int, dim: int, *, device: torch.device | None, dtype: torch.dtype
+) -> StateTensors:
+    """The state of no tokens: max (N,Hk,L) = -inf, norm (N,Hk,L) = 0, mean (N,Hk,L,D) = 0."""
+    shape = (batch, heads, latents)
+    return (
+        torch.full(shape, -torch.inf, device=device, dtype=dtype),
+        torch.zeros(shape, device=device, dtype=dtype),
+        torch.zeros((*shape, dim), device=device, dtype=dtype),
+    )
+
+
+def token_state(k: Tensor, values: Tensor) -> StateTensors:
+    """The state of one token with logits k (N,Hk,L) and, per latent, values (N,Hk,L,D).
+
+    norm is 1, written so that the gradient of k flows through it; a -inf logit gives the empty
+    state.
+    """
+    norm = torch.exp(k - _finite(k.detach()))
+    mean = torch.where(norm.unsqueeze(-1) == 0, 0, values)
+    return k.detach(), norm, mean
+
+
+def merge(a: StateTensors, b: StateTensors) -> StateTensors:
+    """The state of the union of two disjoint sets of tokens, in new tensors.
+
+    Associative and commutative, with the empty state as identity: exact in values, and no gradient
+    reaches an empty latent.
+    """
+    a_max, a_norm, a_mean = a[0].detach(), a[1], a[2]
+    b_max, b_norm, b_mean = b[0].detach(), b[1], b[2]
+    max_ = torch.maximum(a_max, b_max)
+    a_weight = a_norm * torch.exp(a_max - _finite(max_))
+    b_weight = b_norm * torch.exp(b_max - _finite(max_))
+    norm = a_weight + b_weight
+    empty = norm == 0
+    b_share = (b_weight / torch.where(empty, 1, norm)).unsqueeze(-1)
+    # The mask also cuts the gradient of a_mean, which the formula would let through.
+    mean = torch.where(empty.unsqueeze(-1), 0, a_mean + b_share * (b_mean - a_mean))
+    return max_, norm, mean
+
+
+def latent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: StateTensors | None = None,
+) -> tuple[Tensor, StateTensors]:
+    """Latent attention of whole sequences; the causal form is a fold of `merge` over the tokens.
+
+    Args:
+        q: latent-assignment logits (B,H,T,L).
+        k: token-selection logits (B,Hk,T,L).
+        v: values (B,Hk,T,D).
+        causal: a token sees itself and its past; False: its whole sequence.
+        scale: multiplies q and k.
+        key_mask: (B,T) bool, True = a real token.
+        cu_seqlens: (N+1,) integer offsets of N sequences packed along T, with B == 1.
+        state: state of N sequences to continue from, causal only.
+
+    Returns:
+        y (B,H,T,D) in the dtype of v, and the state of each sequence after its last token.
+
+    Raises:
+        ValueError: a state together with causal=False.
+    """
+    if state is not None and not causal:
+        raise ValueError("[latent_attention] got state with causal=False, expected causal=True")
+    with _autocast_disabled(q.device):
+        p, k, values = _prepare(q, k, v, scale, key_mask)
+        if cu_seqlens is None:
+            y, state = _attend(p, k, values, causal, state)
+        else:
+            y, state = _attend_packed(p, k, values, causal, cu_seqlens.diff().tolist(), state)
+    return y.to(v.dtype), state
+
+
+def latent_attention_step(
+    q: Tensor, k: Tensor, v: Tensor, state: StateTensors, *, scale: float = 1.0
+) -> tuple[Tensor, StateTensors]:
+    """One causal token per sequence, in time and memory that do not depend on the position.
+
+    Args:
+        q: (N,H,L).
+        k: (N,Hk,L).
+        v: (N,Hk,D).
+        state: state of the tokens so far; left untouched.
+        scale: multiplies q and k.
+
+    Returns:
+        y (N,H,D) in the dtype of v, and the state that includes the token.
+    """
+    y, state = latent_attention(
+        q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), scale=scale, state=state
+    )
+    return y.squeeze(2), state
+
+
+def latent_attention_quadratic(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = True,
+    scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: StateTensors | None = None,
+) -> tuple[Tensor, StateTensors]:
+    """The same function as `latent_attention`, from the definition: an independent oracle.
+
+    Builds p(s|l,t) for all pairs of tokens, O(T^2 L) memory, and never merges states. An initial
+    state is position 0 of every sequence, with logits max + log(norm) and one value per latent.
+    """
+    with _autocast_disabled(q.device):
+        p, k, values = _prepare(q, k, v, scale, key_mask)
+        tokens = k.shape[2]
+        packed = cu_seqlens is not None
+        # Rows of p(s|l,t): one per token, then one per sequence for its final state. The state
+        # becomes (B,Hk,S,...), S sequences along the time axis of one batch entry.
+        lengths = cu_seqlens.diff().to(k.device) if packed else k.new_tensor([tokens]).long()
+        sequences = torch.arange(len(lengths), device=k.device)
+        sequence_of_token = sequences.repeat_interleave(lengths)
+        sequence_of_row = torch.cat([sequence_of_token, sequences])
+        visible = sequence_of_row[:, None] == sequence_of_token
+        if causal:
+            visible &= torch.ones_like(visible).tril()
+        if state is None:
+            batch = len(lengths) if packed else k.shape[0]
+            shape = (batch, k.shape[1], k.shape[3], values.shape[3])
+            state = empty_state(*shape, device=k.device, dtype=k.dtype)
+        max0, norm0, mean0 = (
+            (x.transpose(0, 1)[None] if packed else x.unsqueeze(2))[:, :, sequence_of_row]
+            for x in state
+        )
+        unused = norm0 == 0
+        lse0 = max0.detach() + torch.where(unused, 1, norm0).log()
+
+        logits = torch.where(visible[..., None], k.unsqueeze(2), -torch.inf)
+        max_ = torch.cat([max0.unsqueeze(3), logits], dim=3).amax(dim=3).detach()
+        logits = torch.cat([lse0.unsqueeze(3), logits], dim=3)
+        norm = torch.exp(logits - _finite(max_).unsqueeze(3)).sum(dim=3)
+        p_token = _softmax(logits, dim=3)
+        mean = torch.einsum("bhrsl,bhsd->bhrld", p_token[:, :, :, 1:], values)
+        mean = mean + p_token[:, :, :, 0, :, None] * mean0
+
+        group = q.shape[1] // k.shape[1]
+        mean_of_token = mean[:, :, :tokens].repeat_interleave(group, dim=1)
+        y = torch.einsum("bhtl,bhtld->bhtd", p, mean_of_token)
+    final = (x[:, :, tokens:] for x in (max_, norm, mean))
+    max_, norm, mean = (x[0].transpose(0, 1) if packed else x.squeeze(2) for x in final)
+    return y.to(v.dtype), (max_, norm, mean)
+
+
+def _prepare(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """p(l|t) (B,H,T,L), and k and v scaled and masked, in the dtype of the arithmetic."""
+    dtype = reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype, torch.float32))
+    q, k, v = q.to(dtype) * scale, k.to(dtype) * scale, v.to(dtype)
+    if key_mask is not None:
+        real = key_mask[:, None, :, None]
+        k = torch.where(real, k, -torch.inf)
+        v = torch.where(real, v, 0)
+    return _softmax(q, dim=-1), k, v
+
+
+def _attend(
+    p: Tensor, k: Tensor, v: Tensor, causal: bool, state: StateTensors | None
+) -> tuple[Tensor, StateTensors]:
+    """Outputs and final state of unpacked sequences, from p(l|t) and prepared k and v."""
+    batch, heads, _, latents = k.shape
+    carry = empty_state(batch, heads, latents, v.shape[3], device=k.device, dtype=k.dtype)
+    if not causal:
+        carry = merge(carry, _summary(k, v)) if k.shape[2] else carry
+        return _read(p, carry[2]), carry
+    if state is not None:
+        carry = merge(carry, state)
+    rows = [v.new_empty(batch, p.shape[1], 0, v.shape[3])]
+    for p_t, k_t, v_t in zip(p.split(1, dim=2), k.unbind(2), v.unbind(2), strict=False):
+        carry = merge(carry, token_state(k_t, v_t.unsqueeze(2)))
+        rows.append(_read(p_t, carry[2]))
+    return torch.cat(rows, dim=2), carry
+
+
+def _attend_packed(
+    p: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: list[int], state: StateTensors | None
+) -> tuple[Tensor, StateTensors]:
+    """`_attend` for each of the sequences packed along T."""
+    rows = [v.new_empty(1, p.shape[1], 0, v.shape[3])]
+    shape = (k.shape[1], k.shape[3], v.shape[3])
+    states = [empty_state(0, *shape, device=k.device, dtype=k.dtype)]
+    pieces = (x.split(lengths, dim=2) for x in (p, k, v))
+    for n, (p_n, k_n, v_n) in enumerate(zip(*pieces, strict=True)):
+        initial = None if state is None else (state[0][n, None], state[1][n, None], state[2][n, None])
+        y_n, state_n = _attend(p_n, k_n, v_n, causal, initial)
+        rows.append(y_n)
+        states.append(state_n)
+    max_, norm, mean = (torch.cat(parts) for parts in zip(*states, strict=True))
+    return torch.cat(rows, dim=2), (max_, norm, mean)
+
+
+def _summary(k: Tensor, v: Tensor) -> StateTensors:
+    """The state of all T >= 1 tokens of k (B,Hk,T,L) and v (B,Hk,T,D)."""
+    max_ = k.detach().amax(dim=2)
+    weight = torch.exp(k - _finite(max_).unsqueeze(2))
+    norm = weight.sum(dim=2)
+    share = weight / torch.where(norm == 0, 1, norm).unsqueeze(2)
+    return max_, norm, share.transpose(2, 3) @ v
+
+
+def _read(p: Tensor, mean: Tensor) -> Tensor:
+    """sum over l of p(l|t) mean[l]: p (B,H,T,L), mean (B,Hk,L,D) -> (B,H,T,D)."""
+    batch, heads, tokens, latents = p.shape
+    rows = heads // mean.shape[1] * tokens
+    y = p.reshape(batch, mean.shape[1], rows, latents) @ mean
+    return y.reshape(batch, heads, tokens, mean.shape[3])
+
+
+def _softmax(logits: Tensor, dim: int) -> Tensor:
+    """Softmax in which a row of nothing but -inf gives zeros, in values and in gradients."""
+    empty = (logits == -torch.inf).all(dim=dim, keepdim=True)
+    return torch.where(empty, 0, torch.softmax(torch.where(empty, 0, logits), dim=dim))
+
+
+def _finite(max_: Tensor) -> Tensor:
+    """max_ with -inf as 0, so that -inf - max_ is -inf rather than NaN where nothing was seen."""
+    return torch.where(max_ == -torch.inf, 0, max_)
+
+
+def _autocast_disabled(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if not torch.amp.is_autocast_available(device.type):
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, enabled=False)

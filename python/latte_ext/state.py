@@ -1,0 +1,239 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`LatentState`: everything a latent attention layer remembers about the tokens it has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from . import reference
+from .reference import StateTensors
+
+_FIELDS = ("max", "norm", "mean")
+
+
+class LatentState:
+    """The state of N sequences: a fixed number of values, whatever the number of tokens.
+
+    For the tokens of one sequence and per key/value head and latent::
+
+        max  (N,Hk,L)    the largest key logit         -inf if there is no token
+        norm (N,Hk,L)    sum of exp(k - max)           0 if there is no token
+        mean (N,Hk,L,D)  sum of p(s|l) v[s]            0 if there is no token
+
+    (Source: the running softmax of arXiv 2402.17512, kept as a mean so that states can be merged.)
+    Gradients flow through norm and mean; max is a constant reference point. A state is a pytree
+    node: it passes through torch.compile, torch.export and torch.func, and unpacks into its
+    tensors.
+
+    Args:
+        max, norm, mean: float32 or float64 tensors of the shapes above on one device, kept without
+            a copy. N >= 0; Hk, L, D >= 1.
+
+    Raises:
+        TypeError: not tensors, or dtypes other than float32 or float64 or not all the same.
+        ValueError: shapes that do not fit together.
+        RuntimeError: tensors on different devices.
+    """
+
+    max: Tensor
+    norm: Tensor
+    mean: Tensor
+
+    def __init__(self, max: Tensor, norm: Tensor, mean: Tensor) -> None:
+        _check(max, norm, mean)
+        self.max, self.norm, self.mean = max, norm, mean
+
+    @classmethod
+    def empty(
+        cls,
+        batch: int,
+        heads: int,
+        latents: int,
+        dim: int,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> LatentState:
+        """The state of `batch` sequences without tokens."""
+        target = None if device is None else torch.device(device)
+        return cls(*reference.empty_state(batch, heads, latents, dim, device=target, dtype=dtype))
+
+    @classmethod
+    def from_lse(cls, lse: Tensor, mean: Tensor) -> LatentState:
+        """The state with log-normalisers lse (N,Hk,L) and mean (N,Hk,L,D); differentiable.
+
+        It has norm 1 and acts as one token with a value per latent; lse = -inf is an unused latent.
+        """
+        _check(lse, lse, mean, op="[LatentState.from_lse]", names=("lse", "lse", "mean"))
+        return cls(*reference.token_state(lse, mean))
+
+    @property
+    def lse(self) -> Tensor:
+        """log of the sum of exp(k) per latent (N,Hk,L), -inf if there is no token."""
+        unused = self.norm == 0
+        lse = self.max.detach() + torch.where(unused, 1, self.norm).log()
+        return torch.where(unused, -torch.inf, lse)
+
+    @property
+    def batch(self) -> int:
+        """N, the number of sequences."""
+        return self.mean.shape[0]
+
+    @property
+    def heads(self) -> int:
+        """Hk, the number of key/value heads."""
+        return self.mean.shape[1]
+
+    @property
+    def latents(self) -> int:
+        """L, the number of latents per head."""
+        return self.mean.shape[2]
+
+    @property
+    def dim(self) -> int:
+        """D, the number of value channels per head."""
+        return self.mean.shape[3]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.mean.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the three tensors in bytes, (2 + D) N Hk L values."""
+        return sum(x.numel() * x.element_size() for x in self)
+
+    def tensors(self) -> StateTensors:
+        """(max, norm, mean), as `latte_ext.reference` takes them."""
+        return self.max, self.norm, self.mean
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.tensors())
+
+    def merge(self, other: LatentState) -> LatentState:
+        """The state of the tokens of both, in either order, in new tensors; differentiable.
+
+        Raises:
+            TypeError: other is not a LatentState, or has another dtype.
+            ValueError: other has another shape.
+            RuntimeError: other is on another device.
+        """
+        op = "[LatentState.merge]"
+        if not isinstance(other, LatentState):
+            raise TypeError(f"{op} other is a {type(other).__name__}, expected a LatentState")
+        if other.mean.shape != self.mean.shape:
+            got, expected = tuple(other.mean.shape), tuple(self.mean.shape)
+            raise ValueError(f"{op} other.mean has shape {got}, expected {expected}: same N, Hk, L, D")
+        if other.dtype != self.dtype:
+            raise TypeError(f"{op} other has dtype {other.dtype}, expected {self.dtype}")
+        if other.device != self.device:
+            raise RuntimeError(f"{op} other is on {other.device}, expected {self.device}")
+        return LatentState(*reference.merge(self.tensors(), other.tensors()))
+
+    def select(self, index: Sequence[int] | Sequence[bool] | Tensor) -> LatentState:
+        """The states of some sequences, in new tensors, repeats allowed (beam search).
+
+        Args:
+            index: positions in [-N, N) as a sequence or a 1-D integer tensor, or an (N,) bool mask.
+
+        Raises:
+            TypeError: index is neither integer nor bool.
+            ValueError: index is not 1-D, out of range, or a mask of another length. (Tensors on an
+                accelerator are range-checked by the device, which reports it in its own way.)
+        """
+        op = "[LatentState.select]"
+        chosen = torch.as_tensor(index)
+        if not isinstance(index, Tensor) and chosen.numel() == 0:
+            chosen = chosen.long()
+        if chosen.dtype not in (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64):
+            raise TypeError(f"{op} index has dtype {chosen.dtype}, expected signed integers or bool")
+        if chosen.dim() != 1:
+            raise ValueError(f"{op} index has shape {tuple(chosen.shape)}, expected one dimension")
+        if chosen.dtype != torch.bool:
+            chosen = chosen.long()
+        chosen = chosen.to(self.device)
+        try:
+            return LatentState(self.max[chosen], self.norm[chosen], self.mean[chosen])
+        except IndexError as error:
+            raise ValueError(
+                f"{op} index does not fit: expected positions in [-{self.batch}, {self.batch}) "
+                f"or a mask of length {self.batch} ({error})"
+            ) from error
+
+    def clone(self) -> LatentState:
+        """A copy with memory of its own; differentiable."""
+        return LatentState(self.max.clone(), self.norm.clone(), self.mean.clone())
+
+    def detach(self) -> LatentState:
+        """The same memory, cut from the autograd graph."""
+        return LatentState(self.max.detach(), self.norm.detach(), self.mean.detach())
+
+    def to(self, device: torch.device | str) -> LatentState:
+        """The state on device; shares memory if it is there already. Differentiable."""
+        return LatentState(self.max.to(device), self.norm.to(device), self.mean.to(device))
+
+    def __repr__(self) -> str:
+        return (
+            f"LatentState(batch={self.batch}, heads={self.heads}, latents={self.latents}, "
+            f"dim={self.dim}, dtype={self.dtype}, device='{self.device}')"
+        )
+
+
+def _check(
+    max: object,
+    norm: object,
+    mean: object,
+    *,
+    op: str = "[LatentState]",
+    names: tuple[str, str, str] = _FIELDS,
+) -> None:
+    for name, x in zip(names, (max, norm, mean), strict=True):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{op} {name} is a {type(x).__name__}, expected a Tensor")
+    assert isinstance(max, Tensor) and isinstance(norm, Tensor) and isinstance(mean, Tensor)
+    if mean.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"{op} {names[2]} has dtype {mean.dtype}, expected float32 or float64")
+    if mean.dim() != 4 or 0 in mean.shape[1:]:
+        got = tuple(mean.shape)
+        raise ValueError(f"{op} {names[2]} has shape {got}, expected (N, Hk, L, D): Hk, L, D >= 1")
+    for name, x in zip(names, (max, norm), strict=False):
+        if x.dtype != mean.dtype:
+            raise TypeError(f"{op} {name} has dtype {x.dtype}, expected {mean.dtype} as {names[2]}")
+        if x.shape != mean.shape[:3]:
+            got, expected = tuple(x.shape), tuple(mean.shape[:3])
+            raise ValueError(f"{op} {name} has shape {got}, expected {expected}: (N, Hk, L)")
+        if x.device != mean.device:
+            raise RuntimeError(f"{op} {name} is on {x.device}, expected {mean.device} as {names[2]}")
+
+
+def _flatten(state: LatentState) -> tuple[list[Any], None]:
+    return [state.max, state.norm, state.mean], None
+
+
+def _flatten_with_keys(state: LatentState) -> tuple[list[tuple[pytree.KeyEntry, Any]], None]:
+    return [(pytree.GetAttrKey(name), getattr(state, name)) for name in _FIELDS], None
+
+
+def _unflatten(leaves: Iterable[Any], context: None) -> LatentState:
+    # No validation: transformations put specs, None and other placeholders where tensors were.
+    state = object.__new__(LatentState)
+    state.max, state.norm, state.mean = leaves
+    return state
+
+
+pytree.register_pytree_node(
+    LatentState,
+    _flatten,
+    _unflatten,
+    serialized_type_name="latte_ext.LatentState",
+    flatten_with_keys_fn=_flatten_with_keys,
+)

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Problems for the latent attention operators, their float64 solution and the error measure.
+
+Notation: B batch, T tokens, H query heads, Hk key/value heads, L latents, D value channels,
+N sequences (B, or the number of packed sequences).
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from latte_ext import LatentState, latent_attention, reference
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tolerance:
+    """Error of the arithmetic relative to the natural scale, before the result is rounded."""
+
+    value: float
+    gradient: float
+
+
+# The single tolerance table, by compute dtype. Half precision is computed in float32, so its
+# results differ from float32's by exactly one rounding, which `assert_close` allows on top.
+TOLERANCES = {
+    torch.float64: Tolerance(value=1e-14, gradient=2e-14),
+    torch.float32: Tolerance(value=2e-6, gradient=5e-6),
+}
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def rms(x: Tensor) -> float:
+    return math.sqrt(x.double().square().mean().item()) if x.numel() else 0.0
+
+
+def assert_close(
+    actual: Tensor, expected: Tensor, *, tolerance: float, scale: float | Tensor, name: str
+) -> None:
+    """Each element of `actual` is within `tolerance * scale`, and one rounding, of `expected`."""
+    assert actual.shape == expected.shape, f"{name}: {actual.shape} != {expected.shape}"
+    if actual.numel() == 0:
+        return
+    info = torch.finfo(actual.dtype)
+    want = expected.detach().double()
+    # Half a unit in the last place, of a normal or of a subnormal number.
+    rounding = 0.501 * info.eps * want.abs().clamp(min=info.smallest_normal)
+    error = (actual.detach().double() - want).abs()
+    excess = error / (rounding + tolerance * scale)
+    excess = torch.where(error == 0, 0.0, excess)
+    worst = int(torch.where(excess.isnan(), math.inf, excess).argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), excess.shape))
+    assert excess[index] <= 1, (
+        f"{name}{list(index)} = {actual[index].item()!r}, expected {want[index].item()!r}: "
+        f"{excess[index]:.3g} times the tolerance"
+    )
+
+
+@dataclasses.dataclass
+class Problem:
+    """Inputs of one call and the cotangents of its outputs."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    dy: Tensor
+    d_norm: Tensor
+    d_mean: Tensor
+    causal: bool = True
+    scale: float = 1.0
+    key_mask: Tensor | None = None
+    cu_seqlens: Tensor | None = None
+    state: tuple[Tensor, Tensor, Tensor] | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
+        """The problem with `function` applied to every floating-point tensor."""
+        changes = {
+            name: function(getattr(self, name)) for name in ("q", "k", "v", "dy", "d_norm", "d_mean")
+        }
+        state = None if self.state is None else tuple(function(x) for x in self.state)
+        return dataclasses.replace(self, **changes, state=state)
+
+
+@dataclasses.dataclass
+class Solution:
+    """Outputs of one call and the gradients of its inputs (None: no initial state)."""
+
+    y: Tensor
+    max: Tensor
+    norm: Tensor
+    mean: Tensor
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    d_norm0: Tensor | None = None
+    d_mean0: Tensor | None = None
+
+    def named(self) -> Iterator[tuple[str, Tensor]]:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                yield field.name, value
+
+
+def make_problem(
+    latents: int = 10,
+    dim: int = 16,
+    tokens: int = 70,
+    *,
+    batch: int = 2,
+    heads: int = 2,
+    kv_heads: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    lengths: Sequence[int] | None = None,
+    initial_state: bool = False,
+    spread: float = 1.0,
+    seed: int = 0,
+    **options: object,
+) -> Problem:
+    """Normally distributed inputs; `lengths` packs sequences, `options` are Problem fields."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    kv_heads = heads if kv_heads is None else kv_heads
+    sequences = batch
+    if lengths is not None:
+        batch, tokens, sequences = 1, sum(lengths), len(lengths)
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        options["cu_seqlens"] = bounds.to(torch.int32 if seed % 2 == 0 else torch.int64)
+    wide = compute_dtype(dtype)
+    state_shape = (sequences, kv_heads, latents)
+    if initial_state:
+        options["state"] = (
+            spread * normal(*state_shape, dtype=wide),
+            1 + normal(*state_shape, dtype=wide).square(),
+            normal(*state_shape, dim, dtype=wide),
+        )
+    return Problem(
+        q=spread * normal(batch, heads, tokens, latents),
+        k=spread * normal(batch, kv_heads, tokens, latents),
+        v=normal(batch, kv_heads, tokens, dim),
+        dy=normal(batch, heads, tokens, dim),
+        d_norm=normal(*state_shape, dtype=wide),
+        d_mean=normal(*state_shape, dim, dtype=wide),
+        **options,  # type: ignore[arg-type]
+    )
+
+
+def random_mask(batch: int, tokens: int, *, keep: float = 0.6, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, tokens, generator=generator) < keep
+
+
+Attention = Callable[..., tuple[Tensor, LatentState]]
+
+
+def library_attention(*args: Tensor, **options: object) -> tuple[Tensor, LatentState]:
+    return latent_attention(*args, **options, return_state=True)  # type: ignore[call-overload]
+
+
+def reference_attention(
+    q: Tensor, k: Tensor, v: Tensor, *, state: LatentState | None, **options: object
+) -> tuple[Tensor, LatentState]:
+    parts = None if state is None else (state.max, state.norm, state.mean)
+    y, final = reference.latent_attention(q, k, v, state=parts, **options)
+    return y, LatentState(*final)
+
+
+def solve(problem: Problem, attention: Attention = library_attention) -> Solution:
+    """Outputs and gradients of one call; the tensors keep their strides."""
+    inputs = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    state = None
+    if problem.state is not None:
+        maximum, *carried = (x.detach() for x in problem.state)
+        state = LatentState(maximum, *(x.requires_grad_() for x in carried))
+        inputs += [state.norm, state.mean]
+    y, final = attention(
+        *inputs[:3],
+        causal=problem.causal,
+        scale=problem.scale,
+        key_mask=problem.key_mask,
+        cu_seqlens=problem.cu_seqlens,
+        state=state,
+    )
+    outputs = [(y, problem.dy), (final.norm, problem.d_norm), (final.mean, problem.d_mean)]
+    outputs = [(output, cotangent) for output, cotangent in outputs if output.requires_grad]
+    gradients = torch.autograd.grad(
+        [output for output, _ in outputs],
+        inputs,
+        [cotangent for _, cotangent in outputs],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    values = (y, final.max, final.norm, final.mean)
+    return Solution(*(value.detach() for value in values), *gradients)
+
+
+def solve_reference(problem: Problem) -> Solution:
+    """The float64 solution of the problem exactly as stored in its own dtypes."""
+    return solve(problem.map(Tensor.double), reference_attention)
+
+
+def assert_same_solution(
+    actual: Solution, expected: Solution, problem: Problem, *, factor: float = 1.0
+) -> None:
+    """Compares all values and gradients, each with its natural scale.
+
+    A gradient's natural scale is the size that its terms have before they cancel: a logit's
+    gradient is a difference of inner products of v and dy, so an error of
+    eps * rms(v) * rms(dy) * sqrt(D) stays even where the true gradient vanishes.
+    """
+    dtype = compute_dtype(problem.q.dtype)
+    value = factor * TOLERANCES[dtype].value
+    gradient = factor * TOLERANCES[dtype].gradient
+    carried = [] if problem.state is None else [problem.state[2]]
+    v_size = max(map(rms, (problem.v, *carried)))
+    g_size = max(map(rms, (problem.dy, problem.d_mean)))
+    logit_size = v_size * g_size * math.sqrt(problem.v.shape[-1])
+
+    assert_close(actual.y, expected.y, tolerance=value, scale=v_size, name="y")
+    limit = 0.0 if problem.scale == 1 else expected.max.abs().nan_to_num(posinf=0.0)
+    finite = expected.max.isfinite()
+    assert torch.equal(actual.max.isfinite(), finite), "max: not empty where it has to be"
+    for name, size in (("max", limit), ("norm", expected.norm.abs())):
+        assert_close(
+            getattr(actual, name)[finite],
+            getattr(expected, name)[finite],
+            tolerance=value,
+            scale=size[finite] if isinstance(size, Tensor) else size,
+            name=name,
+        )
+    assert (actual.norm[~finite] == 0).all(), "norm of the empty set"
+    assert (actual.mean[~finite] == 0).all(), "mean of the empty set"
+    assert_close(actual.mean, expected.mean, tolerance=value, scale=v_size, name="mean")
+
+    sizes = {"dq": logit_size, "dk": logit_size, "dv": g_size}
+    sizes |= {"d_norm0": logit_size, "d_mean0": g_size}
+    for name, size in sizes.items():
+        got, want = getattr(actual, name), getattr(expected, name)
+        if want is None:
+            assert got is None
+        elif want.numel():
+            scale = max(size, want.abs().max().item())
+            assert_close(got, want, tolerance=gradient, scale=scale, name=name)
+
+
+def assert_identical(actual: Solution, expected: Solution) -> None:
+    """Bitwise equality of all values and gradients."""
+    for (name, got), (_, want) in zip(actual.named(), expected.named(), strict=True):
+        assert torch.equal(got, want), f"{name} differs"
+
+
+def check(problem: Problem) -> Solution:
+    """Solves a problem, compares with float64 and checks the dtypes; returns the solution."""
+    solution = solve(problem)
+    assert_same_solution(solution, solve_reference(problem), problem)
+    wide = compute_dtype(problem.q.dtype)
+    assert solution.y.dtype == problem.v.dtype
+    assert solution.dq.dtype == problem.q.dtype
+    assert solution.dk.dtype == problem.k.dtype
+    assert solution.dv.dtype == problem.v.dtype
+    assert {solution.max.dtype, solution.norm.dtype, solution.mean.dtype} == {wide}
+    return solution
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """torch's thread count, which the library follows, set to `count` inside the block."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
