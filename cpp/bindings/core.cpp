@@ -1,0 +1,150 @@
+// SPDX-License-Identifier: Apache-2.0
+// latte_ext._core: one call per function of latte.h, on the memory of torch tensors.
+#include <pybind11/pybind11.h>
+
+#include <memory>
+#include <new>
+
+#include "latte/latte.h"
+#include "tensor.h"
+
+namespace latte::python {
+namespace {
+
+struct AlignedDelete {
+  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
+};
+
+template <class Params>
+void call(void (*run)(const Params&, void*, int), const Params& params, int threads) {
+  const int64_t bytes = workspace_bytes(params, threads);
+  const std::unique_ptr<char, AlignedDelete> workspace(
+      static_cast<char*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t{64})));
+  const py::gil_scoped_release release;
+  run(params, workspace.get(), threads);
+}
+
+State state(const py::object& max, const py::object& norm, const py::object& mean) {
+  return {tensor_from_torch(max), tensor_from_torch(norm), tensor_from_torch(mean)};
+}
+
+LatentAttentionForward inputs(const py::object& q, const py::object& k, const py::object& v,
+                              const py::object& key_mask, const py::object& cu_seqlens,
+                              const py::object& max, const py::object& norm,
+                              const py::object& mean, bool causal, double scale) {
+  LatentAttentionForward p;
+  p.q = tensor_from_torch(q);
+  p.k = tensor_from_torch(k);
+  p.v = tensor_from_torch(v);
+  p.key_mask = tensor_from_torch(key_mask);
+  p.cu_seqlens = tensor_from_torch(cu_seqlens);
+  p.initial = state(max, norm, mean);
+  p.causal = causal;
+  p.scale = scale;
+  return p;
+}
+
+void check(const py::object& q, const py::object& k, const py::object& v,
+           const py::object& key_mask, const py::object& cu_seqlens, const py::object& max,
+           const py::object& norm, const py::object& mean, bool causal, double scale) {
+  LatentAttentionForward p = inputs(q, k, v, key_mask, cu_seqlens, max, norm, mean, causal, scale);
+  p.y = p.q;  // never written: workspace_bytes only checks
+  p.y.dtype = p.v.dtype;
+  p.y.shape[3] = p.v.shape[3];
+  for (int64_t& stride : p.y.stride) stride = 1;
+  workspace_bytes(p, 1);
+}
+
+void forward(const py::object& q, const py::object& k, const py::object& v,
+             const py::object& key_mask, const py::object& cu_seqlens, const py::object& max,
+             const py::object& norm, const py::object& mean, const py::object& y,
+             const py::object& final_max, const py::object& final_norm,
+             const py::object& final_mean, bool causal, double scale, int threads) {
+  LatentAttentionForward p = inputs(q, k, v, key_mask, cu_seqlens, max, norm, mean, causal, scale);
+  p.y = tensor_from_torch(y);
+  p.final = state(final_max, final_norm, final_mean);
+  call(latent_attention_forward, p, threads);
+}
+
+void backward(const py::object& q, const py::object& k, const py::object& v,
+              const py::object& key_mask, const py::object& cu_seqlens, const py::object& max,
+              const py::object& norm, const py::object& mean, const py::object& dy,
+              const py::object& d_final_norm, const py::object& d_final_mean, const py::object& dq,
+              const py::object& dk, const py::object& dv, const py::object& d_norm,
+              const py::object& d_mean, bool causal, double scale, int threads) {
+  const LatentAttentionForward forward =
+      inputs(q, k, v, key_mask, cu_seqlens, max, norm, mean, causal, scale);
+  LatentAttentionBackward p;
+  p.q = forward.q;
+  p.k = forward.k;
+  p.v = forward.v;
+  p.key_mask = forward.key_mask;
+  p.cu_seqlens = forward.cu_seqlens;
+  p.initial = forward.initial;
+  p.dy = tensor_from_torch(dy);
+  p.d_final = state(py::none(), d_final_norm, d_final_mean);
+  p.dq = tensor_from_torch(dq);
+  p.dk = tensor_from_torch(dk);
+  p.dv = tensor_from_torch(dv);
+  p.d_initial = state(py::none(), d_norm, d_mean);
+  p.causal = causal;
+  p.scale = scale;
+  call(latent_attention_backward, p, threads);
+}
+
+void step(const py::object& q, const py::object& k, const py::object& v, const py::object& max,
+          const py::object& norm, const py::object& mean, const py::object& y, double scale,
+          int threads) {
+  LatentAttentionStep p;
+  p.q = tensor_from_torch(q);
+  p.k = tensor_from_torch(k);
+  p.v = tensor_from_torch(v);
+  p.state = state(max, norm, mean);
+  p.y = tensor_from_torch(y);
+  p.scale = scale;
+  call(latent_attention_step, p, threads);
+}
+
+void translate(const Error& error) {
+  PyObject* type = error.kind == Error::Kind::value  ? PyExc_ValueError
+                   : error.kind == Error::Kind::type ? PyExc_TypeError
+                                                     : PyExc_RuntimeError;
+  PyErr_SetString(type, error.what());
+}
+
+}  // namespace
+}  // namespace latte::python
+
+PYBIND11_MODULE(_core, m) {
+  namespace py = pybind11;
+  using namespace latte::python;
+  m.doc() = "The compiled core of latte_ext, on torch tensors and None.";
+  py::register_exception_translator([](std::exception_ptr p) {
+    try {
+      if (p) std::rethrow_exception(p);
+    } catch (const latte::Error& error) {
+      translate(error);
+    }
+  });
+  m.def("latent_attention_forward", &forward, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
+        py::arg("mean"), py::arg("y"), py::arg("final_max"), py::arg("final_norm"),
+        py::arg("final_mean"), py::arg("causal"), py::arg("scale"), py::arg("threads"),
+        "Writes y and the final state.");
+  m.def("latent_attention_check", &check, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
+        py::arg("mean"), py::arg("causal"), py::arg("scale"),
+        "Raises what latent_attention_forward would raise for these inputs.");
+  m.def("latent_attention_backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
+        py::arg("mean"), py::arg("dy"), py::arg("d_final_norm"), py::arg("d_final_mean"),
+        py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("d_norm"), py::arg("d_mean"),
+        py::arg("causal"), py::arg("scale"), py::arg("threads"),
+        "Writes dq, dk, dv and the gradient of the initial state.");
+  m.def("latent_attention_step", &step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("max"),
+        py::arg("norm"), py::arg("mean"), py::arg("y"), py::arg("scale"), py::arg("threads"),
+        "Updates the state in place and writes y.");
+  m.def("version", &latte::version, "Version of the core.");
+  m.def("cpu_isa", &latte::cpu_isa, "Instruction set of the CPU kernels in use.");
+  m.def("cuda_built", &latte::cuda_built, "Whether the CUDA backend is in this build.");
+}

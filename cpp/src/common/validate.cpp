@@ -1,0 +1,309 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "common/validate.h"
+
+#include <initializer_list>
+#include <string>
+
+namespace latte {
+namespace {
+
+using Kind = Error::Kind;
+
+const char* name_of(DType dtype) {
+  switch (dtype) {
+    case DType::float32:
+      return "float32";
+    case DType::float64:
+      return "float64";
+    case DType::bfloat16:
+      return "bfloat16";
+    case DType::float16:
+      return "float16";
+    case DType::boolean:
+      return "bool";
+    case DType::int32:
+      return "int32";
+    case DType::int64:
+      return "int64";
+  }
+  return "unknown";
+}
+
+std::string shape_text(const int64_t* shape, int64_t rank) {
+  std::string text = "(";
+  for (int64_t i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + (rank == 1 ? ",)" : ")");
+}
+
+// Checks the arguments of one call; every message starts with the op's name in brackets.
+class Checker {
+ public:
+  explicit Checker(const char* op) : op_(op) {}
+
+  [[noreturn]] void fail(Kind kind, const std::string& text) const {
+    throw Error(kind, "[" + std::string(op_) + "] " + text);
+  }
+
+  void rank(const char* name, const Tensor& t, int64_t expected, const char* axes) const {
+    if (t.rank != expected)
+      fail(Kind::value, std::string(name) + " has shape " + shape_text(t.shape, t.rank) +
+                            ", expected " + std::to_string(expected) + " dimensions " + axes);
+  }
+
+  void shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected,
+             const char* axes) const {
+    bool same = t.rank == static_cast<int64_t>(expected.size());
+    for (int64_t i = 0; same && i < t.rank; ++i) same = t.shape[i] == expected.begin()[i];
+    if (!same)
+      fail(Kind::value, std::string(name) + " has shape " + shape_text(t.shape, t.rank) +
+                            ", expected " +
+                            shape_text(expected.begin(), static_cast<int64_t>(expected.size())) +
+                            " = " + axes);
+    memory(name, t);
+  }
+
+  void memory(const char* name, const Tensor& t) const {
+    bool empty = false;
+    for (int64_t i = 0; i < t.rank; ++i) empty |= t.shape[i] == 0;
+    if (!t.data && !empty)
+      fail(Kind::value, std::string(name) + " has no data, expected a pointer to memory");
+  }
+
+  void dtype(const char* name, const Tensor& t, std::initializer_list<DType> allowed) const {
+    std::string expected;
+    for (const DType d : allowed) {
+      if (t.dtype == d) return;
+      expected += (expected.empty() ? "" : " or ") + std::string(name_of(d));
+    }
+    fail(Kind::type,
+         std::string(name) + " has dtype " + name_of(t.dtype) + ", expected " + expected);
+  }
+
+  // An output must not address one element twice.
+  void writable(const char* name, const Tensor& t) const {
+    for (int64_t i = 0; i < t.rank; ++i)
+      if (t.shape[i] > 1 && t.stride[i] == 0)
+        fail(Kind::value, std::string(name) + " has stride 0 in dimension " + std::to_string(i) +
+                              ", expected an output that addresses each element once");
+  }
+
+  // q, k and v: floating point, all float64 or none.
+  bool compute_type(const Tensor& q, const Tensor& k, const Tensor& v) const {
+    const Tensor* tensors[] = {&q, &k, &v};
+    const char* names[] = {"q", "k", "v"};
+    int doubles = 0;
+    for (int i = 0; i < 3; ++i) {
+      dtype(names[i], *tensors[i],
+            {DType::float32, DType::bfloat16, DType::float16, DType::float64});
+      doubles += tensors[i]->dtype == DType::float64;
+    }
+    if (doubles != 0 && doubles != 3)
+      fail(Kind::type, std::string("q, k, v have dtypes ") + name_of(q.dtype) + ", " +
+                           name_of(k.dtype) + ", " + name_of(v.dtype) +
+                           ", expected float64 for all three or for none");
+    return doubles == 3;
+  }
+
+  void state(const char* name, const State& s, const Problem& p, bool with_max) const {
+    const DType compute = p.is_double ? DType::float64 : DType::float32;
+    const std::string prefix = name;
+    const auto field = [&](const char* which, const Tensor& t, bool has_dim) {
+      const std::string full = prefix + "." + which;
+      if (has_dim) {
+        shape(full.c_str(), t, {p.sequences, p.kv_heads, p.latents, p.dim},
+              "(sequences, key/value heads, latents, channels)");
+      } else {
+        shape(full.c_str(), t, {p.sequences, p.kv_heads, p.latents},
+              "(sequences, key/value heads, latents)");
+      }
+      dtype(full.c_str(), t, {compute});
+    };
+    if (with_max) field("max", s.max, false);
+    field("norm", s.norm, false);
+    field("mean", s.mean, true);
+  }
+
+  void grouped(const Problem& p) const {
+    if (p.heads < 1 || p.kv_heads < 1 || p.latents < 1 || p.dim < 1)
+      fail(Kind::value, "q, k, v have " + std::to_string(p.heads) + " heads, " +
+                            std::to_string(p.kv_heads) + " key/value heads, " +
+                            std::to_string(p.latents) + " latents and " + std::to_string(p.dim) +
+                            " channels, expected at least 1 of each");
+    if (p.heads % p.kv_heads != 0)
+      fail(Kind::value, "q has " + std::to_string(p.heads) +
+                            " heads, expected a multiple of the " + std::to_string(p.kv_heads) +
+                            " heads of k");
+  }
+
+  void finite_scale(double scale) const {
+    if (!(scale - scale == 0))
+      fail(Kind::value, "scale is " + std::to_string(scale) + ", expected a finite number");
+  }
+
+ private:
+  const char* op_;
+};
+
+bool any_state(const State& s) { return present(s.max) || present(s.norm) || present(s.mean); }
+
+template <class Params>
+Problem validate_inputs(const Checker& check, const Params& p) {
+  check.rank("q", p.q, 4, "(batch, heads, tokens, latents)");
+  check.rank("k", p.k, 4, "(batch, key/value heads, tokens, latents)");
+  check.rank("v", p.v, 4, "(batch, key/value heads, tokens, channels)");
+  Problem problem;
+  problem.batch = p.q.shape[0];
+  problem.heads = p.q.shape[1];
+  problem.kv_heads = p.k.shape[1];
+  problem.tokens = p.q.shape[2];
+  problem.latents = p.q.shape[3];
+  problem.dim = p.v.shape[3];
+  problem.sequences = problem.batch;
+  check.grouped(problem);
+  check.memory("q", p.q);
+  check.shape("k", p.k, {problem.batch, problem.kv_heads, problem.tokens, problem.latents},
+              "(batch, key/value heads, tokens, latents) of q");
+  check.shape("v", p.v, {problem.batch, problem.kv_heads, problem.tokens, problem.dim},
+              "(batch, key/value heads, tokens, channels) of q and k");
+  problem.is_double = check.compute_type(p.q, p.k, p.v);
+  check.finite_scale(p.scale);
+  if (present(p.key_mask)) {
+    check.dtype("key_mask", p.key_mask, {DType::boolean});
+    check.shape("key_mask", p.key_mask, {problem.batch, problem.tokens}, "(batch, tokens)");
+  }
+  if (present(p.cu_seqlens)) {
+    check.dtype("cu_seqlens", p.cu_seqlens, {DType::int32, DType::int64});
+    check.rank("cu_seqlens", p.cu_seqlens, 1, "(sequences + 1,)");
+    check.memory("cu_seqlens", p.cu_seqlens);
+    const int64_t borders = p.cu_seqlens.shape[0];
+    if (problem.batch != 1)
+      check.fail(Kind::value, "q has batch " + std::to_string(problem.batch) +
+                                  ", expected 1 with cu_seqlens");
+    if (borders < 1)
+      check.fail(Kind::value, "cu_seqlens has 0 elements, expected the number of sequences + 1");
+    problem.packed = true;
+    problem.sequences = borders - 1;
+    int64_t previous = 0;
+    for (int64_t i = 0; i < borders; ++i) {
+      const int64_t border = sequence_border(p.cu_seqlens, i);
+      if (i == 0 ? border != 0 : border < previous)
+        check.fail(Kind::value, "cu_seqlens[" + std::to_string(i) + "] is " +
+                                    std::to_string(border) + ", expected " +
+                                    (i == 0 ? "0" : "at least " + std::to_string(previous)));
+      previous = border;
+    }
+    if (previous != problem.tokens)
+      check.fail(Kind::value, "cu_seqlens ends at " + std::to_string(previous) + ", expected " +
+                                  std::to_string(problem.tokens) + ", the number of tokens");
+  }
+  if (any_state(p.initial)) {
+    if (!p.causal)
+      check.fail(Kind::value, "got an initial state with causal=False, expected causal=True");
+    check.state("state", p.initial, problem, true);
+  }
+  return problem;
+}
+
+}  // namespace
+
+int64_t sequence_border(const Tensor& cu_seqlens, int64_t i) {
+  const int64_t at = i * cu_seqlens.stride[0];
+  return cu_seqlens.dtype == DType::int32 ? static_cast<const int32_t*>(cu_seqlens.data)[at]
+                                          : static_cast<const int64_t*>(cu_seqlens.data)[at];
+}
+
+void validate_threads(const char* op, int threads) {
+  if (threads < 1)
+    Checker(op).fail(Kind::value,
+                     "threads is " + std::to_string(threads) + ", expected at least 1");
+}
+
+Problem validate(const LatentAttentionForward& p) {
+  const Checker check("latent_attention");
+  const Problem problem = validate_inputs(check, p);
+  check.shape("y", p.y, {problem.batch, problem.heads, problem.tokens, problem.dim},
+              "(batch, heads, tokens, channels)");
+  check.dtype("y", p.y, {p.v.dtype});
+  check.writable("y", p.y);
+  if (any_state(p.final)) {
+    check.state("final", p.final, problem, true);
+    check.writable("final.mean", p.final.mean);
+  }
+  return problem;
+}
+
+Problem validate(const LatentAttentionBackward& p) {
+  const Checker check("latent_attention_backward");
+  const Problem problem = validate_inputs(check, p);
+  check.shape("dy", p.dy, {problem.batch, problem.heads, problem.tokens, problem.dim},
+              "(batch, heads, tokens, channels)");
+  check.dtype("dy", p.dy, {p.v.dtype});
+  const auto gradient = [&](const char* name, const Tensor& of, const Tensor& t) {
+    check.shape(name, t, {of.shape[0], of.shape[1], of.shape[2], of.shape[3]},
+                "the shape of its input");
+    check.dtype(name, t, {of.dtype});
+    check.writable(name, t);
+  };
+  gradient("dq", p.q, p.dq);
+  gradient("dk", p.k, p.dk);
+  gradient("dv", p.v, p.dv);
+  if (any_state(p.d_final)) check.state("d_final", p.d_final, problem, false);
+  if (any_state(p.d_initial)) {
+    if (!any_state(p.initial))
+      check.fail(Kind::value, "got d_initial without an initial state, expected both or neither");
+    check.state("d_initial", p.d_initial, problem, false);
+  }
+  return problem;
+}
+
+Problem validate(const LatentAttentionStep& p) {
+  const Checker check("latent_attention_step");
+  check.rank("q", p.q, 3, "(sequences, heads, latents)");
+  check.rank("k", p.k, 3, "(sequences, key/value heads, latents)");
+  check.rank("v", p.v, 3, "(sequences, key/value heads, channels)");
+  Problem problem;
+  problem.batch = problem.sequences = p.q.shape[0];
+  problem.heads = p.q.shape[1];
+  problem.kv_heads = p.k.shape[1];
+  problem.tokens = 1;
+  problem.latents = p.q.shape[2];
+  problem.dim = p.v.shape[2];
+  check.grouped(problem);
+  check.memory("q", p.q);
+  check.shape("k", p.k, {problem.batch, problem.kv_heads, problem.latents},
+              "(sequences, key/value heads, latents) of q");
+  check.shape("v", p.v, {problem.batch, problem.kv_heads, problem.dim},
+              "(sequences, key/value heads, channels) of q and k");
+  problem.is_double = check.compute_type(p.q, p.k, p.v);
+  check.finite_scale(p.scale);
+  check.shape("y", p.y, {problem.batch, problem.heads, problem.dim},
+              "(sequences, heads, channels)");
+  check.dtype("y", p.y, {p.v.dtype});
+  check.writable("y", p.y);
+  check.state("state", p.state, problem, true);
+  check.writable("state.max", p.state.max);
+  check.writable("state.norm", p.state.norm);
+  check.writable("state.mean", p.state.mean);
+  return problem;
+}
+
+Problem validate(const StateMerge& p) {
+  const Checker check("state_merge");
+  check.rank("a.mean", p.a.mean, 4, "(sequences, key/value heads, latents, channels)");
+  check.dtype("a.mean", p.a.mean, {DType::float32, DType::float64});
+  Problem problem;
+  problem.batch = problem.sequences = p.a.mean.shape[0];
+  problem.heads = problem.kv_heads = p.a.mean.shape[1];
+  problem.latents = p.a.mean.shape[2];
+  problem.dim = p.a.mean.shape[3];
+  problem.is_double = p.a.mean.dtype == DType::float64;
+  check.state("a", p.a, problem, true);
+  check.state("b", p.b, problem, true);
+  check.state("out", p.out, problem, true);
+  check.writable("out.max", p.out.max);
+  check.writable("out.norm", p.out.norm);
+  check.writable("out.mean", p.out.mean);
+  return problem;
+}
+
+}  // namespace latte

@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// The border: every public function checks its parameters here, once, and gets its sizes back.
+#pragma once
+
+#include "latte/latte.h"
+
+namespace latte {
+
+struct Problem {
+  int64_t batch = 0, heads = 0, kv_heads = 0, tokens = 0, latents = 0, dim = 0;
+  int64_t sequences = 0;  // batch, or the number of packed sequences
+  bool packed = false;
+  bool is_double = false;
+};
+
+Problem validate(const LatentAttentionForward& params);
+Problem validate(const LatentAttentionBackward& params);
+Problem validate(const LatentAttentionStep& params);
+Problem validate(const StateMerge& params);
+void validate_threads(const char* op, int threads);
+
+// Element i of a validated cu_seqlens.
+int64_t sequence_border(const Tensor& cu_seqlens, int64_t i);
+
+inline bool present(const Tensor& tensor) { return tensor.data != nullptr || tensor.rank != 0; }
+
+}  // namespace latte

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// The only file that knows OpenMP.
+#pragma once
+
+#include <cstdint>
+
+#if defined(LATTE_OPENMP)
+#include <omp.h>
+#include <pthread.h>
+#endif
+
+namespace latte::cpu {
+
+#if defined(LATTE_OPENMP)
+// A child of fork() has none of the parent's team, and libgomp waits for it for ever: run serially.
+inline bool& in_forked_child() {
+  static bool forked = false;
+  return forked;
+}
+inline void watch_forks() {
+  static const int registered =
+      pthread_atfork(nullptr, nullptr, [] { in_forked_child() = true; });
+  (void)registered;
+}
+#endif
+
+// Calls f(i, thread) for i in [0, n), thread in [0, threads). The caller gives the thread count;
+// OpenMP's own settings are never changed, and inside a parallel region the loop is serial.
+template <class F>
+void parallel_for(int64_t n, int threads, F f) {
+#if defined(LATTE_OPENMP)
+  watch_forks();
+  if (threads > 1 && n > 1 && !omp_in_parallel() && !in_forked_child()) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+    for (int64_t i = 0; i < n; ++i) f(i, omp_get_thread_num());
+    return;
+  }
+#endif
+  (void)threads;
+  for (int64_t i = 0; i < n; ++i) f(i, 0);
+}
+
+}  // namespace latte::cpu

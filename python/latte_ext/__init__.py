@@ -1,0 +1,23 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Latent attention for PyTorch (Latte, arXiv 2402.17512): linear time, constant-memory decoding."""
+
+try:
+    # First, so that the core shares torch's OpenMP runtime instead of starting its own.
+    import torch  # noqa: F401
+except ImportError as error:
+    raise ImportError("latte_ext needs PyTorch: pip install torch") from error
+
+from . import reference
+from ._core import version as _version
+from .functional import latent_attention as latent_attention
+from .functional import latent_attention_step as latent_attention_step
+from .state import LatentState as LatentState
+
+__version__ = _version()
+__all__ = [
+    "LatentState",
+    "__version__",
+    "latent_attention",
+    "latent_attention_step",
+    "reference",
+]

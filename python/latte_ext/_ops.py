@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operators `torch.ops.latte_ext.*`: schema, CPU kernel, fake kernel, autograd, autocast.
+
+Registered with `torch.library.Library`, since `custom_op` costs two to five times as much per call.
+Shapes and dtypes are checked by the core, whose messages name the argument.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _core
+
+_LIBRARY = torch.library.Library("latte_ext", "DEF")
+
+_LIBRARY.define(
+    "latent_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens, "
+    "Tensor? max, Tensor? norm, Tensor? mean, bool causal, float scale)"
+    " -> (Tensor y, Tensor max, Tensor norm, Tensor mean)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+_LIBRARY.define(
+    "latent_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, "
+    "Tensor? cu_seqlens, Tensor? max, Tensor? norm, Tensor? mean, Tensor dy, Tensor d_final_norm, "
+    "Tensor d_final_mean, bool causal, float scale)"
+    " -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean)",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+_LIBRARY.define(
+    "latent_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) max, Tensor(b!) norm, "
+    "Tensor(c!) mean, float scale) -> Tensor y",
+    tags=[torch.Tag.pt2_compliant_tag],
+)
+
+_OPS = torch.ops.latte_ext
+
+
+def _state_shapes(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> list[Any]:
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    return [sequences, k.shape[1], q.shape[3], v.shape[3]]
+
+
+def _empty_state(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    n, heads, latents, dim = _state_shapes(q, k, v, cu_seqlens)
+    dtype = torch.float64 if v.dtype == torch.float64 else torch.float32
+    return (
+        v.new_empty((n, heads, latents), dtype=dtype),
+        v.new_empty((n, heads, latents), dtype=dtype),
+        v.new_empty((n, heads, latents, dim), dtype=dtype),
+    )
+
+
+def _check_ranks(op: str, rank: int, **tensors: Tensor) -> None:
+    # Outputs are sized from these shapes before the core sees the call.
+    for name, tensor in tensors.items():
+        if tensor.dim() != rank:
+            raise ValueError(
+                f"[{op}] {name} has shape {tuple(tensor.shape)}, expected {rank} dimensions"
+            )
+
+
+def _check_cu_seqlens(cu_seqlens: Tensor | None) -> None:
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1):
+        raise ValueError(
+            f"[latent_attention] cu_seqlens has shape {tuple(cu_seqlens.shape)}, "
+            "expected (sequences + 1,)"
+        )
+
+
+def _output(q: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
+
+
+def _forward_outputs(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    _check_ranks("latent_attention", 4, q=q, k=k, v=v)
+    _check_cu_seqlens(cu_seqlens)
+    return (_output(q, v), *_empty_state(q, k, v, cu_seqlens))
+
+
+def _forward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max: Tensor | None,
+    norm: Tensor | None,
+    mean: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    y, *final = _forward_outputs(q, k, v, cu_seqlens)
+    _core.latent_attention_forward(
+        q, k, v, key_mask, cu_seqlens, max, norm, mean, y, *final, causal, scale,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return (y, final[0], final[1], final[2])
+
+
+def _forward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max: Tensor | None,
+    norm: Tensor | None,
+    mean: Tensor | None,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return _forward_outputs(q, k, v, cu_seqlens)
+
+
+def _contiguous_like(*tensors: Tensor) -> list[Tensor]:
+    return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in tensors]
+
+
+def _backward_outputs(
+    q: Tensor, k: Tensor, v: Tensor, norm: Tensor | None, mean: Tensor | None
+) -> list[Tensor]:
+    if norm is None or mean is None:
+        return [*_contiguous_like(q, k, v), q.new_empty(0), q.new_empty(0)]
+    return _contiguous_like(q, k, v, norm, mean)
+
+
+def _backward_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max: Tensor | None,
+    norm: Tensor | None,
+    mean: Tensor | None,
+    dy: Tensor,
+    d_final_norm: Tensor,
+    d_final_mean: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    outputs = _backward_outputs(q, k, v, norm, mean)
+    d_state = (None, None) if norm is None else (outputs[3], outputs[4])
+    _core.latent_attention_backward(
+        q, k, v, key_mask, cu_seqlens, max, norm, mean, dy, d_final_norm, d_final_mean,
+        outputs[0], outputs[1], outputs[2], *d_state, causal, scale, torch.get_num_threads(),
+    )  # fmt: skip
+    return tuple(outputs)
+
+
+def _backward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max: Tensor | None,
+    norm: Tensor | None,
+    mean: Tensor | None,
+    dy: Tensor,
+    d_final_norm: Tensor,
+    d_final_mean: Tensor,
+    causal: bool,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    return tuple(_backward_outputs(q, k, v, norm, mean))
+
+
+def _step_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    _check_ranks("latent_attention_step", 3, q=q, k=k, v=v)
+    return v.new_empty((q.shape[0], q.shape[1], v.shape[2]))
+
+
+def _step_cpu(
+    q: Tensor, k: Tensor, v: Tensor, max: Tensor, norm: Tensor, mean: Tensor, scale: float
+) -> Tensor:
+    if torch.is_grad_enabled():
+        for name, tensor in zip(
+            ("q", "k", "v", "max", "norm", "mean"), (q, k, v, max, norm, mean), strict=True
+        ):
+            if tensor.requires_grad:
+                raise RuntimeError(
+                    f"[latent_attention_step] got {name} that requires grad, expected none: the "
+                    "state is updated in place. Use latent_attention for training, or no_grad()"
+                )
+    y = _step_output(q, k, v)
+    _core.latent_attention_step(q, k, v, max, norm, mean, y, scale, torch.get_num_threads())
+    return y
+
+
+def _step_fake(
+    q: Tensor, k: Tensor, v: Tensor, max: Tensor, norm: Tensor, mean: Tensor, scale: float
+) -> Tensor:
+    return _step_output(q, k, v)
+
+
+class _LatentAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        max: Tensor | None,
+        norm: Tensor | None,
+        mean: Tensor | None,
+        causal: bool,
+        scale: float,
+    ) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.latent_attention.default(
+                q, k, v, key_mask, cu_seqlens, max, norm, mean, causal, scale
+            )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.causal, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.mark_non_differentiable(output[1])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor, _: Tensor, d_norm: Tensor, d_mean: Tensor) -> Any:
+        q, k, v, key_mask, cu_seqlens, max, norm, mean = ctx.saved_tensors
+        dq, dk, dv, d_initial_norm, d_initial_mean = _OPS.latent_attention_backward.default(
+            q, k, v, key_mask, cu_seqlens, max, norm, mean, dy, d_norm, d_mean,
+            ctx.causal, ctx.scale,
+        )  # fmt: skip
+        if norm is None:
+            d_initial_norm = d_initial_mean = None
+        return dq, dk, dv, None, None, None, d_initial_norm, d_initial_mean, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise RuntimeError(
+            "[latent_attention] got a forward-mode tangent, expected reverse mode: use "
+            'backend="reference" for forward-mode AD'
+        )
+
+
+def _forward_autograd(*args: Any) -> Any:
+    return _LatentAttention.apply(*args)  # type: ignore[no-untyped-call]
+
+
+class _LatentAttentionBackward(torch.autograd.Function):
+    """Stands behind the backward operator so that a second derivative raises by name."""
+
+    @staticmethod
+    def forward(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return _OPS.latent_attention_backward.default(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RuntimeError(
+            "[latent_attention_backward] got a second derivative, expected first order: use "
+            'backend="reference" for double backward'
+        )
+
+
+def _backward_autograd(*args: Any) -> Any:
+    return _LatentAttentionBackward.apply(*args)  # type: ignore[no-untyped-call]
+
+
+def _unbuilt_cuda(op: str) -> Any:
+    def raise_unbuilt(*args: Any) -> Any:
+        raise RuntimeError(f"[{op}] built without CUDA: got a CUDA tensor, expected a CPU tensor")
+
+    return raise_unbuilt
+
+
+_LIBRARY.impl("latent_attention", _forward_cpu, "CPU")
+_LIBRARY.impl("latent_attention_backward", _backward_cpu, "CPU")
+_LIBRARY.impl("latent_attention_step", _step_cpu, "CPU")
+for _name in ("latent_attention", "latent_attention_backward", "latent_attention_step"):
+    _LIBRARY.impl(_name, _unbuilt_cuda(_name), "CUDA")
+_LIBRARY.impl("latent_attention", _forward_autograd, "Autograd")
+_LIBRARY.impl("latent_attention_backward", _backward_autograd, "Autograd")
+torch.library.register_fake("latte_ext::latent_attention", _forward_fake, lib=_LIBRARY)
+torch.library.register_fake("latte_ext::latent_attention_backward", _backward_fake, lib=_LIBRARY)
+torch.library.register_fake("latte_ext::latent_attention_step", _step_fake, lib=_LIBRARY)
+
+latent_attention = _OPS.latent_attention.default
+latent_attention_step = _OPS.latent_attention_step.default
