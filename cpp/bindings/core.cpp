@@ -30,8 +30,8 @@ State state(const py::object& max, const py::object& norm, const py::object& mea
 
 LatentAttentionForward inputs(const py::object& q, const py::object& k, const py::object& v,
                               const py::object& key_mask, const py::object& cu_seqlens,
-                              const py::object& max, const py::object& norm,
-                              const py::object& mean, bool causal, double scale) {
+                              const py::object& max, const py::object& norm, const py::object& mean,
+                              bool causal, double scale) {
   LatentAttentionForward p;
   p.q = tensor_from_torch(q);
   p.k = tensor_from_torch(k);

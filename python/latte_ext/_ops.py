@@ -96,12 +96,13 @@ def _forward_cpu(
     causal: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    y, *final = _forward_outputs(q, k, v, cu_seqlens)
+    outputs = _forward_outputs(q, k, v, cu_seqlens)
+    y, final_max, final_norm, final_mean = outputs
     _core.latent_attention_forward(
-        q, k, v, key_mask, cu_seqlens, max, norm, mean, y, *final, causal, scale,
-        torch.get_num_threads(),
+        q, k, v, key_mask, cu_seqlens, max, norm, mean, y, final_max, final_norm,
+        final_mean, causal, scale, torch.get_num_threads(),
     )  # fmt: skip
-    return (y, final[0], final[1], final[2])
+    return outputs
 
 
 def _forward_fake(
@@ -147,10 +148,10 @@ def _backward_cpu(
     scale: float,
 ) -> tuple[Tensor, ...]:
     outputs = _backward_outputs(q, k, v, norm, mean)
-    d_state = (None, None) if norm is None else (outputs[3], outputs[4])
+    d_norm, d_mean = (None, None) if norm is None else (outputs[3], outputs[4])
     _core.latent_attention_backward(
         q, k, v, key_mask, cu_seqlens, max, norm, mean, dy, d_final_norm, d_final_mean,
-        outputs[0], outputs[1], outputs[2], *d_state, causal, scale, torch.get_num_threads(),
+        outputs[0], outputs[1], outputs[2], d_norm, d_mean, causal, scale, torch.get_num_threads(),
     )  # fmt: skip
     return tuple(outputs)
 

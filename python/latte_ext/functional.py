@@ -89,7 +89,9 @@ def latent_attention(
     if backend == "reference":
         # Held to the contract of the core, by the core's own checks. They read cu_seqlens.
         borders = None if cu_seqlens is None else cu_seqlens.cpu()
-        _core.latent_attention_check(q, k, v, key_mask, borders, *triple, causal, scale)
+        _core.latent_attention_check(
+            q, k, v, key_mask, borders, triple[0], triple[1], triple[2], causal, scale
+        )
         y, final = reference.latent_attention(
             q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
             state=None if state is None else state.tensors(),

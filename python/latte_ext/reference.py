@@ -39,7 +39,13 @@ StateTensors = tuple[Tensor, Tensor, Tensor]
 
 
 def empty_state(
-    batch: int, heads: int, latents: int, dim: int, *, device: torch.device | None, dtype: torch.dtype
+    batch: int,
+    heads: int,
+    latents: int,
+    dim: int,
+    *,
+    device: torch.device | None,
+    dtype: torch.dtype,
 ) -> StateTensors:
     """The state of no tokens: max (N,Hk,L) = -inf, norm (N,Hk,L) = 0, mean (N,Hk,L,D) = 0."""
     shape = (batch, heads, latents)
@@ -113,11 +119,14 @@ def latent_attention(
         raise ValueError("[latent_attention] got state with causal=False, expected causal=True")
     with _autocast_disabled(q.device):
         p, k, values = _prepare(q, k, v, scale, key_mask)
+        carry = _initial_state(k, values, cu_seqlens)
+        if state is not None:
+            carry = merge(carry, state)
         if cu_seqlens is None:
-            y, state = _attend(p, k, values, causal, state)
+            y, carry = _attend(p, k, values, carry, causal)
         else:
-            y, state = _attend_packed(p, k, values, causal, cu_seqlens.diff().tolist(), state)
-    return y.to(v.dtype), state
+            y, carry = _attend_packed(p, k, values, carry, causal, cu_seqlens.diff().tolist())
+    return y.to(v.dtype), carry
 
 
 def latent_attention_step(
@@ -161,33 +170,32 @@ def latent_attention_quadratic(
         p, k, values = _prepare(q, k, v, scale, key_mask)
         tokens = k.shape[2]
         packed = cu_seqlens is not None
-        # Rows of p(s|l,t): one per token, then one per sequence for its final state. The state
-        # becomes (B,Hk,S,...), S sequences along the time axis of one batch entry.
-        lengths = cu_seqlens.diff().to(k.device) if packed else k.new_tensor([tokens]).long()
+        offsets = torch.tensor([0, tokens]) if cu_seqlens is None else cu_seqlens
+        lengths = offsets.diff().to(k.device)
+
+        # One row of p(s|l,t) per token, then one per sequence for its final state.
         sequences = torch.arange(len(lengths), device=k.device)
         sequence_of_token = sequences.repeat_interleave(lengths)
         sequence_of_row = torch.cat([sequence_of_token, sequences])
         visible = sequence_of_row[:, None] == sequence_of_token
         if causal:
             visible &= torch.ones_like(visible).tril()
-        if state is None:
-            batch = len(lengths) if packed else k.shape[0]
-            shape = (batch, k.shape[1], k.shape[3], values.shape[3])
-            state = empty_state(*shape, device=k.device, dtype=k.dtype)
+
+        # States as (B,Hk,S,...): packed sequences lie along the time axis of one batch entry.
+        state = _initial_state(k, values, cu_seqlens) if state is None else state
         max0, norm0, mean0 = (
             (x.transpose(0, 1)[None] if packed else x.unsqueeze(2))[:, :, sequence_of_row]
             for x in state
         )
-        unused = norm0 == 0
-        lse0 = max0.detach() + torch.where(unused, 1, norm0).log()
+        lse0 = max0.detach() + torch.where(norm0 == 0, 1, norm0).log()
 
         logits = torch.where(visible[..., None], k.unsqueeze(2), -torch.inf)
         max_ = torch.cat([max0.unsqueeze(3), logits], dim=3).amax(dim=3).detach()
         logits = torch.cat([lse0.unsqueeze(3), logits], dim=3)
         norm = torch.exp(logits - _finite(max_).unsqueeze(3)).sum(dim=3)
-        p_token = _softmax(logits, dim=3)
-        mean = torch.einsum("bhrsl,bhsd->bhrld", p_token[:, :, :, 1:], values)
-        mean = mean + p_token[:, :, :, 0, :, None] * mean0
+        p_position = _softmax(logits, dim=3)
+        mean = torch.einsum("bhrsl,bhsd->bhrld", p_position[:, :, :, 1:], values)
+        mean = mean + p_position[:, :, :, 0, :, None] * mean0
 
         group = q.shape[1] // k.shape[1]
         mean_of_token = mean[:, :, :tokens].repeat_interleave(group, dim=1)
@@ -210,37 +218,40 @@ def _prepare(
     return _softmax(q, dim=-1), k, v
 
 
-def _attend(
-    p: Tensor, k: Tensor, v: Tensor, causal: bool, state: StateTensors | None
-) -> tuple[Tensor, StateTensors]:
-    """Outputs and final state of unpacked sequences, from p(l|t) and prepared k and v."""
+def _initial_state(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> StateTensors:
+    """The empty state of the N sequences in prepared k (B,Hk,T,L) and v (B,Hk,T,D)."""
     batch, heads, _, latents = k.shape
-    carry = empty_state(batch, heads, latents, v.shape[3], device=k.device, dtype=k.dtype)
+    sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
+    return empty_state(sequences, heads, latents, v.shape[3], device=k.device, dtype=k.dtype)
+
+
+def _attend(
+    p: Tensor, k: Tensor, v: Tensor, carry: StateTensors, causal: bool
+) -> tuple[Tensor, StateTensors]:
+    """Outputs and final state of B sequences, from p(l|t), prepared k and v, and a state."""
     if not causal:
         carry = merge(carry, _summary(k, v)) if k.shape[2] else carry
         return _read(p, carry[2]), carry
-    if state is not None:
-        carry = merge(carry, state)
-    rows = [v.new_empty(batch, p.shape[1], 0, v.shape[3])]
-    for p_t, k_t, v_t in zip(p.split(1, dim=2), k.unbind(2), v.unbind(2), strict=False):
+    rows = [v.new_empty(p.shape[0], p.shape[1], 0, v.shape[3])]
+    # unbind, because T slices would each have a gradient of the size of their T tokens.
+    for p_t, k_t, v_t in zip(p.unbind(2), k.unbind(2), v.unbind(2), strict=True):
         carry = merge(carry, token_state(k_t, v_t.unsqueeze(2)))
-        rows.append(_read(p_t, carry[2]))
+        rows.append(_read(p_t.unsqueeze(2), carry[2]))
     return torch.cat(rows, dim=2), carry
 
 
 def _attend_packed(
-    p: Tensor, k: Tensor, v: Tensor, causal: bool, lengths: list[int], state: StateTensors | None
+    p: Tensor, k: Tensor, v: Tensor, carry: StateTensors, causal: bool, lengths: list[int]
 ) -> tuple[Tensor, StateTensors]:
-    """`_attend` for each of the sequences packed along T."""
+    """`_attend` for each of the N sequences packed along T."""
     rows = [v.new_empty(1, p.shape[1], 0, v.shape[3])]
-    shape = (k.shape[1], k.shape[3], v.shape[3])
-    states = [empty_state(0, *shape, device=k.device, dtype=k.dtype)]
-    pieces = (x.split(lengths, dim=2) for x in (p, k, v))
+    states = [(carry[0][:0], carry[1][:0], carry[2][:0])]
+    pieces = (x.split_with_sizes(lengths, dim=2) for x in (p, k, v))
     for n, (p_n, k_n, v_n) in enumerate(zip(*pieces, strict=True)):
-        initial = None if state is None else (state[0][n, None], state[1][n, None], state[2][n, None])
-        y_n, state_n = _attend(p_n, k_n, v_n, causal, initial)
+        carry_n = (carry[0][n : n + 1], carry[1][n : n + 1], carry[2][n : n + 1])
+        y_n, carry_n = _attend(p_n, k_n, v_n, carry_n, causal)
         rows.append(y_n)
-        states.append(state_n)
+        states.append(carry_n)
     max_, norm, mean = (torch.cat(parts) for parts in zip(*states, strict=True))
     return torch.cat(rows, dim=2), (max_, norm, mean)
 

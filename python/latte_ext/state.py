@@ -45,7 +45,7 @@ class LatentState:
     mean: Tensor
 
     def __init__(self, max: Tensor, norm: Tensor, mean: Tensor) -> None:
-        _check(max, norm, mean)
+        _check("[LatentState]", {"max": max, "norm": norm}, mean)
         self.max, self.norm, self.mean = max, norm, mean
 
     @classmethod
@@ -59,7 +59,12 @@ class LatentState:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> LatentState:
-        """The state of `batch` sequences without tokens."""
+        """The state of `batch` >= 0 sequences without tokens; the other sizes are >= 1."""
+        if batch < 0 or min(heads, latents, dim) < 1:
+            raise ValueError(
+                f"[LatentState.empty] sizes are {(batch, heads, latents, dim)}, "
+                "expected batch >= 0 and heads, latents, dim >= 1"
+            )
         target = None if device is None else torch.device(device)
         return cls(*reference.empty_state(batch, heads, latents, dim, device=target, dtype=dtype))
 
@@ -69,8 +74,9 @@ class LatentState:
 
         It has norm 1 and acts as one token with a value per latent; lse = -inf is an unused latent.
         """
-        _check(lse, lse, mean, op="[LatentState.from_lse]", names=("lse", "lse", "mean"))
-        return cls(*reference.token_state(lse, mean))
+        _check("[LatentState.from_lse]", {"lse": lse}, mean)
+        # The clone keeps a later step, which updates max in place, away from lse.
+        return cls(*reference.token_state(lse.clone(), mean))
 
     @property
     def lse(self) -> Tensor:
@@ -132,7 +138,7 @@ class LatentState:
             raise TypeError(f"{op} other is a {type(other).__name__}, expected a LatentState")
         if other.mean.shape != self.mean.shape:
             got, expected = tuple(other.mean.shape), tuple(self.mean.shape)
-            raise ValueError(f"{op} other.mean has shape {got}, expected {expected}: same N, Hk, L, D")
+            raise ValueError(f"{op} other.mean has shape {got}, expected {expected}")
         if other.dtype != self.dtype:
             raise TypeError(f"{op} other has dtype {other.dtype}, expected {self.dtype}")
         if other.device != self.device:
@@ -151,16 +157,23 @@ class LatentState:
                 accelerator are range-checked by the device, which reports it in its own way.)
         """
         op = "[LatentState.select]"
-        chosen = torch.as_tensor(index)
+        try:
+            chosen = torch.as_tensor(index, device=self.device)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(
+                f"{op} index is a {type(index).__name__}, expected integers or bools ({error})"
+            ) from error
         if not isinstance(index, Tensor) and chosen.numel() == 0:
             chosen = chosen.long()
+        # uint8 is left out: torch has taken it for a mask and for positions.
         if chosen.dtype not in (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64):
-            raise TypeError(f"{op} index has dtype {chosen.dtype}, expected signed integers or bool")
+            raise TypeError(
+                f"{op} index has dtype {chosen.dtype}, expected signed integers or bool"
+            )
         if chosen.dim() != 1:
             raise ValueError(f"{op} index has shape {tuple(chosen.shape)}, expected one dimension")
         if chosen.dtype != torch.bool:
             chosen = chosen.long()
-        chosen = chosen.to(self.device)
         try:
             return LatentState(self.max[chosen], self.norm[chosen], self.mean[chosen])
         except IndexError as error:
@@ -188,31 +201,24 @@ class LatentState:
         )
 
 
-def _check(
-    max: object,
-    norm: object,
-    mean: object,
-    *,
-    op: str = "[LatentState]",
-    names: tuple[str, str, str] = _FIELDS,
-) -> None:
-    for name, x in zip(names, (max, norm, mean), strict=True):
+def _check(op: str, logits: dict[str, Tensor], mean: Tensor) -> None:
+    """Holds mean, and every named tensor of logits, to the shapes of a state."""
+    for name, x in {**logits, "mean": mean}.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{op} {name} is a {type(x).__name__}, expected a Tensor")
-    assert isinstance(max, Tensor) and isinstance(norm, Tensor) and isinstance(mean, Tensor)
     if mean.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op} {names[2]} has dtype {mean.dtype}, expected float32 or float64")
+        raise TypeError(f"{op} mean has dtype {mean.dtype}, expected float32 or float64")
     if mean.dim() != 4 or 0 in mean.shape[1:]:
-        got = tuple(mean.shape)
-        raise ValueError(f"{op} {names[2]} has shape {got}, expected (N, Hk, L, D): Hk, L, D >= 1")
-    for name, x in zip(names, (max, norm), strict=False):
+        shape = tuple(mean.shape)
+        raise ValueError(f"{op} mean has shape {shape}, expected (N, Hk, L, D) with Hk, L, D >= 1")
+    for name, x in logits.items():
         if x.dtype != mean.dtype:
-            raise TypeError(f"{op} {name} has dtype {x.dtype}, expected {mean.dtype} as {names[2]}")
+            raise TypeError(f"{op} {name} has dtype {x.dtype}, expected {mean.dtype} as mean")
         if x.shape != mean.shape[:3]:
             got, expected = tuple(x.shape), tuple(mean.shape[:3])
             raise ValueError(f"{op} {name} has shape {got}, expected {expected}: (N, Hk, L)")
         if x.device != mean.device:
-            raise RuntimeError(f"{op} {name} is on {x.device}, expected {mean.device} as {names[2]}")
+            raise RuntimeError(f"{op} {name} is on {x.device}, expected {mean.device} as mean")
 
 
 def _flatten(state: LatentState) -> tuple[list[Any], None]:

@@ -82,7 +82,8 @@ class Problem:
     def map(self, function: Callable[[Tensor], Tensor]) -> "Problem":
         """The problem with `function` applied to every floating-point tensor."""
         changes = {
-            name: function(getattr(self, name)) for name in ("q", "k", "v", "dy", "d_norm", "d_mean")
+            name: function(getattr(self, name))
+            for name in ("q", "k", "v", "dy", "d_norm", "d_mean")
         }
         state = None if self.state is None else tuple(function(x) for x in self.state)
         return dataclasses.replace(self, **changes, state=state)

@@ -4,6 +4,7 @@
 import dataclasses
 import itertools
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,7 +42,12 @@ CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidire
 
 def test_memory_is_poisoned() -> None:
     like = torch.ones(3)
-    fresh = (torch.empty(3), torch.empty_like(like), like.new_empty(3), torch.empty_strided([3], [2]))
+    fresh = (
+        torch.empty(3),
+        torch.empty_like(like),
+        like.new_empty(3),
+        torch.empty_strided([3], [2]),
+    )
     assert all(x.isnan().all() for x in fresh)
     assert (torch.empty(8, dtype=torch.uint8) == 255).all()
 
@@ -134,7 +140,14 @@ def test_thread_counts(shape: tuple[int, int], causal: bool, thread_count: int) 
     """Also fewer heads than threads, where a sequence may be divided among threads."""
     batch, heads = shape
     problem = make_problem(
-        12, 20, 700, batch=batch, heads=2 * heads, kv_heads=heads, causal=causal, initial_state=causal
+        12,
+        20,
+        700,
+        batch=batch,
+        heads=2 * heads,
+        kv_heads=heads,
+        causal=causal,
+        initial_state=causal,
     )
     with threads(thread_count):
         check(problem)
@@ -231,7 +244,9 @@ def test_layouts(layout: str, causal: bool, dtype: torch.dtype) -> None:
     check(problem.map(lambda x: lay_out(x) if x.dim() == 4 else x))
 
 
-@pytest.mark.parametrize("layout", ["channel_strided", "misaligned", "expanded_batch", "one_number"])
+@pytest.mark.parametrize(
+    "layout", ["channel_strided", "misaligned", "expanded_batch", "one_number"]
+)
 def test_state_layouts(layout: str) -> None:
     problem = make_problem(13, 18, 10, initial_state=True)
     assert problem.state is not None
@@ -273,30 +288,24 @@ def test_one_tensor_for_everything(causal: bool) -> None:
     torch.testing.assert_close(gradient(call(None)), gradient(call("reference")))
 
 
-@pytest.mark.parametrize("stride", ["tokens", "channels", "heads"])
-def test_offsets_beyond_32_bits(stride: str, tmp_path: object) -> None:
+@pytest.mark.parametrize(
+    "strides",
+    [(0, 6, 2**30 + 5, 1), (0, 24, 7, 2**30 + 5), (0, 2**32 + 5, 9, 1)],
+    ids=["tokens", "channels", "heads"],
+)
+def test_offsets_beyond_32_bits(strides: tuple[int, ...], tmp_path: Path) -> None:
     """Elements more than 2**31 apart, in a sparse file of which only few pages ever exist."""
-    step = 2**30 + 5
     base = torch.from_file(
-        f"{tmp_path}/sparse", shared=True, size=4 * step + 64, dtype=torch.bfloat16
+        str(tmp_path / "sparse"), shared=True, size=2**32 + 2**10, dtype=torch.bfloat16
     )
-    problem = make_problem(3, 4, 5, batch=1, heads=2, dtype=torch.bfloat16, causal=True)
-    strides = {"tokens": (0, 6, step, 1), "channels": (0, 24, 7, step), "heads": (0, 4 * step, 9, 1)}
-    offset = 0
-
-    def far(x: Tensor) -> Tensor:
-        nonlocal offset
-        view = base[offset:].as_strided(x.shape, strides[stride])
-        view.copy_(x)
-        offset += 64 if offset < 0 else 0
-        return view
-
-    reference = solve_reference(problem)
-    for name in ("q", "k", "v", "dy"):
-        # One tensor at a time: they share the base.
-        moved = dataclasses.replace(problem, **{name: far(getattr(problem, name))})
-        assert moved.q.shape == problem.q.shape
-        assert_same_solution(solve(moved), reference, problem)
+    problem = make_problem(3, 4, 5, batch=1, heads=2, dtype=torch.bfloat16)
+    expected = solve_reference(problem)
+    for name in ("q", "k", "v", "dy"):  # one at a time, since they share the file
+        tensor = getattr(problem, name)
+        far = base.as_strided(tensor.shape, strides)
+        far.copy_(tensor)
+        moved = dataclasses.replace(problem, **{name: far})
+        assert_same_solution(solve(moved), expected, problem)
 
 
 # Which gradients, from what ---------------------------------------------------------------------
@@ -342,9 +351,7 @@ def test_gradient_from_one_output(causal: bool, source: str) -> None:
         carried = [x.clone().requires_grad_() for x in problem.state[1:]]
         state = LatentState(problem.state[0], *carried)
         leaves += carried
-    y, final = latent_attention(*leaves, **{}) if False else latent_attention(
-        *leaves[:3], causal=causal, state=state, return_state=True
-    )
+    y, final = latent_attention(*leaves[:3], causal=causal, state=state, return_state=True)
     outputs = {"y": (y, problem.dy), "norm": (final.norm, problem.d_norm)}
     outputs["mean"] = (final.mean, problem.d_mean)
     output, cotangent = outputs[source]
@@ -385,7 +392,9 @@ def test_changed_inputs_are_noticed() -> None:
 
 GRADCHECK: dict[str, dict[str, object]] = {
     "plain": {},
-    "mask": {"key_mask": torch.tensor([[True, False, True, True, False], [False] * 2 + [True] * 3])},
+    "mask": {
+        "key_mask": torch.tensor([[True, False, True, True, False], [False] * 2 + [True] * 3])
+    },
     "packed": {"lengths": (2, 0, 3)},
     "grouped": {"heads": 2, "kv_heads": 1},
     "scale": {"scale": 0.6},
@@ -544,7 +553,7 @@ def test_step_in_a_strided_state() -> None:
     before = [x.clone() for x in large]
     maximum, norm, mean = large
     state = LatentState(maximum[::3, 1:3, ::2], norm[::3, 1:3, ::2], mean[::3, 1:3, ::2, ::2])
-    problem = dataclasses.replace(problem, state=tuple(x.clone() for x in vars_of(state)))
+    problem = dataclasses.replace(problem, state=tuple(x.clone() for x in state.tensors()))
     outputs = [
         latent_attention_step(
             *(time_major(x)[:, :, t] for x in (problem.q, problem.k, problem.v)), state
@@ -560,15 +569,11 @@ def test_step_in_a_strided_state() -> None:
         mean=state.mean,
     )
     assert_same_solution(actual, expected, problem)
-    for new, old, view in zip(large, before, vars_of(state), strict=True):
+    for new, old, view in zip(large, before, state.tensors(), strict=True):
         untouched = torch.ones_like(new, dtype=torch.bool)
         untouched.as_strided(view.shape, view.stride(), view.storage_offset()).fill_(False)
         assert torch.equal(new[untouched], old[untouched])
         assert not torch.equal(new, old)
-
-
-def vars_of(state: LatentState) -> tuple[Tensor, Tensor, Tensor]:
-    return state.max, state.norm, state.mean
 
 
 @pytest.mark.parametrize("thread_count", [1, 2])

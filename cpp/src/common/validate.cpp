@@ -55,10 +55,9 @@ class Checker {
     bool same = t.rank == static_cast<int64_t>(expected.size());
     for (int64_t i = 0; same && i < t.rank; ++i) same = t.shape[i] == expected.begin()[i];
     if (!same)
-      fail(Kind::value, std::string(name) + " has shape " + shape_text(t.shape, t.rank) +
-                            ", expected " +
-                            shape_text(expected.begin(), static_cast<int64_t>(expected.size())) +
-                            " = " + axes);
+      fail(Kind::value,
+           std::string(name) + " has shape " + shape_text(t.shape, t.rank) + ", expected " +
+               shape_text(expected.begin(), static_cast<int64_t>(expected.size())) + " = " + axes);
     memory(name, t);
   }
 
@@ -130,9 +129,8 @@ class Checker {
                             std::to_string(p.latents) + " latents and " + std::to_string(p.dim) +
                             " channels, expected at least 1 of each");
     if (p.heads % p.kv_heads != 0)
-      fail(Kind::value, "q has " + std::to_string(p.heads) +
-                            " heads, expected a multiple of the " + std::to_string(p.kv_heads) +
-                            " heads of k");
+      fail(Kind::value, "q has " + std::to_string(p.heads) + " heads, expected a multiple of the " +
+                            std::to_string(p.kv_heads) + " heads of k");
   }
 
   void finite_scale(double scale) const {
@@ -177,8 +175,8 @@ Problem validate_inputs(const Checker& check, const Params& p) {
     check.memory("cu_seqlens", p.cu_seqlens);
     const int64_t borders = p.cu_seqlens.shape[0];
     if (problem.batch != 1)
-      check.fail(Kind::value, "q has batch " + std::to_string(problem.batch) +
-                                  ", expected 1 with cu_seqlens");
+      check.fail(Kind::value,
+                 "q has batch " + std::to_string(problem.batch) + ", expected 1 with cu_seqlens");
     if (borders < 1)
       check.fail(Kind::value, "cu_seqlens has 0 elements, expected the number of sequences + 1");
     problem.packed = true;

@@ -14,9 +14,9 @@ namespace latte::LATTE_ISA {
 
 template <class T>
 struct BidirectionalScratch {
-  T *q, *k, *p, *dq, *dk;      // rows of L
-  T *ew, *alpha, *u;           // paired and blocked over L
-  T *v, *y, *vg;               // blocked and paired over D
+  T *q, *k, *p, *dq, *dk;  // rows of L
+  T *ew, *alpha, *u;       // paired and blocked over L
+  T *v, *y, *vg;           // blocked and paired over D
   T *r, *z, *top, *h0;
   T *mean, *mean_transposed, *h, *h_transposed;
 
@@ -77,8 +77,8 @@ class Bidirectional {
       for (int64_t d = 0; d < task_.dim; ++d) {
         mean_transposed.at(d, l) = mean_.at(l, d);
         if (task_.d_final.mean)
-          h.at(l, d) = read<T>(task_.d_final.mean, l * task_.d_final.mean_stride_l +
-                                                       d * task_.d_final.mean_stride_d);
+          h.at(l, d) = read<T>(task_.d_final.mean,
+                               l * task_.d_final.mean_stride_l + d * task_.d_final.mean_stride_d);
       }
     gather_queries(mean_transposed, h);
     for (int64_t l = 0; l < width_; ++l) s_.h0[l] = 0;

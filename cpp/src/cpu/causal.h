@@ -80,14 +80,18 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
     }
     flush_blocks(y, first, n, s.y);
   }
-  finish_state(task.final, task.latents, task.dim, norm, state, false);
+  if (rows == 0 && task.initial.norm && task.final.norm) {
+    copy_state<T>(task.initial, task.final, task.latents, task.dim);
+  } else {
+    finish_state(task.final, task.latents, task.dim, norm, state, false);
+  }
 }
 
 template <class T>
 struct CausalBackwardScratch {
-  T *q, *k, *p, *w, *inverse_z, *dq, *dk;        // rows of L
-  T *ew, *alpha, *weights, *u;                   // e|w paired; blocked over L
-  T *vg, *g, *dv;                                // v|dy paired; blocked over D
+  T *q, *k, *p, *w, *inverse_z, *dq, *dk;  // rows of L
+  T *ew, *alpha, *weights, *u;             // e|w paired; blocked over L
+  T *vg, *g, *dv;                          // v|dy paired; blocked over D
   T *r, *z, *top, *c, *borders, *wu;
   T *forward_state, *r_state, *r_transposed;
 
@@ -96,8 +100,7 @@ struct CausalBackwardScratch {
     const int64_t rows = task.tokens * task.group;
     for (T** p_row : {&q, &k, &p, &w, &inverse_z, &dq, &dk}) *p_row = arena.take<T>(row);
     ew = arena.take<T>(paired_size<T>(width, kChunk));
-    for (T** block : {&alpha, &weights, &u})
-      *block = arena.take<T>(blocked_size<T>(width, kChunk));
+    for (T** block : {&alpha, &weights, &u}) *block = arena.take<T>(blocked_size<T>(width, kChunk));
     vg = arena.take<T>(paired_size<T>(task.dim, kChunk));
     for (T** block : {&g, &dv}) *block = arena.take<T>(blocked_size<T>(task.dim, kChunk));
     for (T** per_latent : {&r, &z, &top, &c}) *per_latent = arena.take<T>(width);
@@ -247,8 +250,8 @@ class CausalBackward {
     __builtin_memcpy(s_.r, border(first), width_ * sizeof(T));
     __builtin_memcpy(s_.z, border(first) + width_, width_ * sizeof(T));
     const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
-    const bool rise = prepare<T, Operands::gradient_reverse>(
-        n, width_, qs.data, qs.stride, ks.data, ks.stride, norm_, prepared());
+    const bool rise = prepare<T, Operands::gradient_reverse>(n, width_, qs.data, qs.stride, ks.data,
+                                                             ks.stride, norm_, prepared());
     pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, s_.g);
     PrefetchList next;
     // R += w (x) dy, dv = e . R

@@ -19,8 +19,8 @@ LATTE_INLINE Source<T> logits_q(const HeadTask& task) {
 }
 template <class T>
 LATTE_INLINE Source<T> logits_k(const HeadTask& task, int64_t group) {
-  return {task.k,        PerRow::first,           task.latents, group, kAbsentLogit<T>,
-          T(task.scale), task.key_mask,           task.key_mask_stride};
+  return {task.k,          PerRow::first, task.latents,  group,
+          kAbsentLogit<T>, T(task.scale), task.key_mask, task.key_mask_stride};
 }
 // A masked value reads as zero: its weight is zero, and 0 * NaN is not.
 template <class T>
@@ -76,15 +76,13 @@ class RowsResult {
 template <class T>
 LATTE_INLINE void flush_blocks(const Sink<T>& sink, int64_t first, int64_t n, const T* blocks) {
   if (sink.in_place()) return;
-  sink.write(first, n,
-             [&](int64_t i, int64_t c) { return load(blocked(blocks, kChunk, i, c)); });
+  sink.write(first, n, [&](int64_t i, int64_t c) { return load(blocked(blocks, kChunk, i, c)); });
 }
 
 template <class T>
 LATTE_INLINE void pack_blocks(const Source<T>& source, int64_t first, int64_t n, T* blocks) {
-  source.for_each_vector(first, n, [&](int64_t i, int64_t c, Vec<T> x) {
-    store(blocked(blocks, kChunk, i, c), x);
-  });
+  source.for_each_vector(
+      first, n, [&](int64_t i, int64_t c, Vec<T> x) { store(blocked(blocks, kChunk, i, c), x); });
 }
 
 template <class T>
@@ -126,6 +124,18 @@ inline void start_state(const HeadState& state, int64_t latents, int64_t dim, in
       const T mean = read<T>(state.mean, l * state.mean_stride_l + d * state.mean_stride_d);
       (transposed ? tiles.at(d, l) : tiles.at(l, d)) = mass * mean;
     }
+  }
+}
+
+// The state after no token at all, bit for bit.
+template <class T>
+inline void copy_state(const HeadState& from, const HeadState& to, int64_t latents, int64_t dim) {
+  for (int64_t l = 0; l < latents; ++l) {
+    static_cast<T*>(to.max)[l * to.max_stride] = read<T>(from.max, l * from.max_stride);
+    static_cast<T*>(to.norm)[l * to.norm_stride] = read<T>(from.norm, l * from.norm_stride);
+    for (int64_t d = 0; d < dim; ++d)
+      static_cast<T*>(to.mean)[l * to.mean_stride_l + d * to.mean_stride_d] =
+          read<T>(from.mean, l * from.mean_stride_l + d * from.mean_stride_d);
   }
 }
 

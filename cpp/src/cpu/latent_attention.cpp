@@ -43,8 +43,7 @@ Rows rows_of(const Tensor& t, int64_t batch, int64_t head, int64_t first) {
 
 // The same of an (N, heads, C) tensor: one token.
 Rows row_of(const Tensor& t, int64_t sequence, int64_t head) {
-  return {at(t, sequence * t.stride[0] + head * t.stride[1]), t.dtype, 0, t.stride[1],
-          t.stride[2]};
+  return {at(t, sequence * t.stride[0] + head * t.stride[1]), t.dtype, 0, t.stride[1], t.stride[2]};
 }
 
 HeadState state_of(const State& s, int64_t sequence, int64_t head) {
@@ -88,8 +87,8 @@ HeadTask sequence_task(const Params& p, const Problem& problem, int64_t sequence
   task.k = rows_of(p.k, range.batch, kv_head, range.first);
   task.v = rows_of(p.v, range.batch, kv_head, range.first);
   if (present(p.key_mask)) {
-    task.key_mask = static_cast<const bool*>(p.key_mask.data) +
-                    range.batch * p.key_mask.stride[0] + range.first * p.key_mask.stride[1];
+    task.key_mask = static_cast<const bool*>(p.key_mask.data) + range.batch * p.key_mask.stride[0] +
+                    range.first * p.key_mask.stride[1];
     task.key_mask_stride = p.key_mask.stride[1];
   }
   task.initial = state_of(p.initial, sequence, kv_head);
@@ -116,8 +115,7 @@ class ForwardCall {
     const Range range = range_of(p_, problem, sequence);
     t.y = rows_of(p_.y, range.batch, head, range.first);
     const int64_t heads_per_state = problem.heads / problem.kv_heads;
-    if (head % heads_per_state == 0)
-      t.final = state_of(p_.final, sequence, head / heads_per_state);
+    if (head % heads_per_state == 0) t.final = state_of(p_.final, sequence, head / heads_per_state);
     return t;
   }
   const Problem problem;
@@ -224,10 +222,11 @@ void run_call(const Params& params, const char* op, void* workspace, int threads
   const Call call(params);
   validate_threads(op, threads);
   if (!workspace)
-    throw Error(Error::Kind::value, "[" + std::string(op) +
-                                        "] workspace is null, expected workspace_bytes() bytes");
+    throw Error(Error::Kind::value,
+                "[" + std::string(op) + "] workspace is null, expected workspace_bytes() bytes");
   const auto address = reinterpret_cast<uintptr_t>(workspace);
-  char* const base = static_cast<char*>(workspace) + (kAlignment - address % kAlignment) % kAlignment;
+  char* const base =
+      static_cast<char*>(workspace) + (kAlignment - address % kAlignment) % kAlignment;
   const int64_t bytes = scratch_bytes(call);
   const auto& kernels = cpu::kernels();
   cpu::parallel_for(call.tasks(), threads_for(call, threads), [&](int64_t i, int thread) {

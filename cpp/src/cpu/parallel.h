@@ -18,8 +18,7 @@ inline bool& in_forked_child() {
   return forked;
 }
 inline void watch_forks() {
-  static const int registered =
-      pthread_atfork(nullptr, nullptr, [] { in_forked_child() = true; });
+  static const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child() = true; });
   (void)registered;
 }
 #endif

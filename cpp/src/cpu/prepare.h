@@ -160,8 +160,7 @@ inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
 
 template <class T, Operands kOperands, bool kRise>
 inline void prepare_all(int64_t n, int64_t width, const T* k, int64_t k_stride,
-                        const Normaliser<T>& norm, const Prepared<T>& out,
-                        const T* inverse_sums) {
+                        const Normaliser<T>& norm, const Prepared<T>& out, const T* inverse_sums) {
   int64_t l = 0;
   for (; l + 2 * kLanes<T> <= width; l += 2 * kLanes<T>)
     prepare_latents<T, kOperands, 2, kRise>(n, l, k, k_stride, norm, out, inverse_sums);

@@ -141,13 +141,13 @@ class PrefetchList {
 template <class T>
 struct ScanOperands {
   int64_t tokens;
-  int64_t chunk;            // tokens that the packed blocks have room for
-  bool reverse = false;     // from the last token to the first
-  const T* xg = nullptr;    // paired
-  bool swap = false;        // the pair holds [G | X]
-  const T* y = nullptr;     // blocked
-  T* o = nullptr;           // blocked
-  T* direct = nullptr;      // if set, O's final rows go here: row stride direct_stride
+  int64_t chunk;          // tokens that the packed blocks have room for
+  bool reverse = false;   // from the last token to the first
+  const T* xg = nullptr;  // paired
+  bool swap = false;      // the pair holds [G | X]
+  const T* y = nullptr;   // blocked
+  T* o = nullptr;         // blocked
+  T* direct = nullptr;    // if set, O's final rows go here: row stride direct_stride
   int64_t direct_stride = 0;
   const T* alpha = nullptr;  // blocked, of the decayed side
   Tiles<T> state;

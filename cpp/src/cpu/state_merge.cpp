@@ -11,8 +11,7 @@ namespace {
 template <class T>
 T& element(const Tensor& t, int64_t n, int64_t h, int64_t l, int64_t d = 0) {
   const int64_t inner = t.rank == 4 ? d * t.stride[3] : 0;
-  return static_cast<T*>(
-      t.data)[n * t.stride[0] + h * t.stride[1] + l * t.stride[2] + inner];
+  return static_cast<T*>(t.data)[n * t.stride[0] + h * t.stride[1] + l * t.stride[2] + inner];
 }
 
 template <class T>

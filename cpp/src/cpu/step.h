@@ -84,8 +84,7 @@ inline void step_head(const HeadTask& task, const T* alpha, const T* p, const T*
   if (task.initial.mean_stride_d == 1) {
     for (; d + 4 * lanes <= task.dim; d += 4 * lanes)
       step_columns<T, 4, kUpdate>(task, alpha, p, v, y, d);
-    for (; d + lanes <= task.dim; d += lanes)
-      step_columns<T, 1, kUpdate>(task, alpha, p, v, y, d);
+    for (; d + lanes <= task.dim; d += lanes) step_columns<T, 1, kUpdate>(task, alpha, p, v, y, d);
   }
   for (; d < task.dim; ++d) {
     T* mean = static_cast<T*>(task.initial.mean) + d * task.initial.mean_stride_d;

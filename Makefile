@@ -1,0 +1,86 @@
+# make demo   the main job: train, sample and time a small latent-attention language model
+# make test   every test, C++ and Python
+# make lint   formatting, types, static analysis
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CPP_TESTS := build/cpp-tests
+COMMA := ,
+ISAS := baseline x86-64-v3 x86-64-v4
+
+SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
+
+.PHONY: demo test lint format test-cpp test-cpp-sanitized test-python test-isas clean
+.DELETE_ON_ERROR:
+
+$(VENV)/requirements: requirements-dev.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(VENV)/installed: $(VENV)/requirements $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+demo: $(VENV)/installed
+	cd $(VENV) && bin/python -m latte_ext demo --out $(CURDIR)/build/demo
+
+test: test-cpp test-cpp-sanitized test-python test-isas
+
+# GoogleTest from the machine, or from its package manager.
+GTEST_HEADER := /usr/include/gtest/gtest.h
+$(GTEST_HEADER):
+	apt-get update -qq && apt-get install -y -qq libgtest-dev
+
+# $(call cpp-suite,<build folder>,<cmake options>): configure, build, run through ctest.
+define cpp-suite
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(1) -G Ninja -DLATTE_BUILD_TESTS=ON $(2) >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1)
+	ctest --test-dir $(1) --output-on-failure
+endef
+
+test-cpp: $(VENV)/requirements $(GTEST_HEADER)
+	$(call cpp-suite,$(CPP_TESTS),)
+	@for isa in $(ISAS); do \
+	  if grep -q avx512 /proc/cpuinfo || [ $$isa != x86-64-v4 ]; then \
+	    echo "== C++ tests on $$isa"; \
+	    LATTE_CPU_ISA=$$isa ctest --test-dir $(CPP_TESTS) --output-on-failure --quiet || exit 1; \
+	  fi; \
+	done
+
+test-cpp-sanitized: $(VENV)/requirements $(GTEST_HEADER)
+	$(call cpp-suite,build/cpp-asan,-DLATTE_SANITIZE=address$(COMMA)undefined)
+	$(call cpp-suite,build/cpp-tsan,-DLATTE_SANITIZE=thread -DLATTE_OPENMP=OFF)
+
+test-python: $(VENV)/installed
+	CI=1 $(BIN)/python -m pytest -q --durations=10 \
+	  --cov=latte_ext --cov-report=term --cov-fail-under=95
+
+# The numerics once more on each narrower instruction set.
+test-isas: $(VENV)/installed
+	@for isa in baseline x86-64-v3; do \
+	  echo "== numerics on $$isa"; \
+	  LATTE_CPU_ISA=$$isa CI=1 $(BIN)/python -m pytest -q -m "not slow" \
+	    tests/python/test_numerics.py tests/python/test_theorems.py || exit 1; \
+	done
+
+lint: $(VENV)/requirements $(GTEST_HEADER)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy python/latte_ext
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp')
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/lint -G Ninja -DLATTE_BUILD_PYTHON=ON \
+	  -Dpybind11_DIR=$$($(BIN)/python -m pybind11 --cmakedir) \
+	  -DPython_EXECUTABLE=$(CURDIR)/$(BIN)/python >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/clang-tidy --quiet -p build/lint \
+	  cpp/src/common/*.cpp cpp/src/cpu/dispatch.cpp cpp/src/cpu/latent_attention.cpp \
+	  cpp/src/cpu/state_merge.cpp
+
+format: $(VENV)/requirements
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp')
+
+clean:
+	rm -rf build $(VENV)
