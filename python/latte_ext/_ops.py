@@ -106,16 +106,7 @@ def _forward_cpu(
 
 
 def _forward_fake(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max: Tensor | None,
-    norm: Tensor | None,
-    mean: Tensor | None,
-    causal: bool,
-    scale: float,
+    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, cu_seqlens: Tensor | None, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _forward_outputs(q, k, v, cu_seqlens)
 
@@ -165,11 +156,7 @@ def _backward_fake(
     max: Tensor | None,
     norm: Tensor | None,
     mean: Tensor | None,
-    dy: Tensor,
-    d_final_norm: Tensor,
-    d_final_mean: Tensor,
-    causal: bool,
-    scale: float,
+    *_: Any,
 ) -> tuple[Tensor, ...]:
     return tuple(_backward_outputs(q, k, v, norm, mean))
 
@@ -196,30 +183,15 @@ def _step_cpu(
     return y
 
 
-def _step_fake(
-    q: Tensor, k: Tensor, v: Tensor, max: Tensor, norm: Tensor, mean: Tensor, scale: float
-) -> Tensor:
+def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return _step_output(q, k, v)
 
 
 class _LatentAttention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        key_mask: Tensor | None,
-        cu_seqlens: Tensor | None,
-        max: Tensor | None,
-        norm: Tensor | None,
-        mean: Tensor | None,
-        causal: bool,
-        scale: float,
-    ) -> Any:
+    def forward(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
-            return _OPS.latent_attention.default(
-                q, k, v, key_mask, cu_seqlens, max, norm, mean, causal, scale
-            )
+            return _OPS.latent_attention.default(*args)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

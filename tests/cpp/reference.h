@@ -1,189 +1,248 @@
 // SPDX-License-Identifier: Apache-2.0
-// Latent attention of one key/value head in double, written to be read: every p(s|l,t) is a softmax
-// over the visible tokens, computed from scratch for each t and l. O(T^2 L D), no scan, no rescaling.
-//
-// An initial state is a token "before the first" with key log norm + max and, per latent, its own
-// value mean[l]; it has index 0 below and token s of the input index s + 1.
+// Latent attention in double, token by token: docs/mathematics.md read aloud. It knows nothing of
+// chunks, references, vectors or strides, and test_reference.cpp checks it against the O(T^2)
+// definition and against finite differences.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <limits>
+#include <optional>
 #include <vector>
 
 namespace reference {
 
-using Vector = std::vector<double>;
+constexpr double kInf = std::numeric_limits<double>::infinity();
 
-constexpr double kInfinity = std::numeric_limits<double>::infinity();
+// A number and the sum of the absolute values of its terms: what rounding errors are measured by.
+struct Real {
+  double value = 0, magnitude = 0;
+  Real() = default;
+  Real(double x) : value(x), magnitude(std::fabs(x)) {}  // NOLINT(google-explicit-constructor)
+  Real(double x, double m) : value(x), magnitude(m) {}
+};
+inline Real operator+(Real a, Real b) { return {a.value + b.value, a.magnitude + b.magnitude}; }
+inline Real operator-(Real a, Real b) { return {a.value - b.value, a.magnitude + b.magnitude}; }
+inline Real operator*(Real a, Real b) { return {a.value * b.value, a.magnitude * b.magnitude}; }
+inline Real& operator+=(Real& a, Real b) { return a = a + b; }
 
-struct Head {
-  int64_t tokens = 0, latents = 0, dim = 0, group = 1;
+using Doubles = std::vector<double>;
+using Reals = std::vector<Real>;
+
+struct State {
+  Doubles max, norm, mean;  // (N,Hk,L), (N,Hk,L), (N,Hk,L,D)
+};
+
+// Dense row-major arrays with the shapes of latte.h.
+struct Problem {
+  int64_t batch = 1, heads = 1, kv_heads = 1, tokens = 1, latents = 1, dim = 1;
   bool causal = true;
-  Vector q;                // (group, tokens, latents), scaled
-  Vector k;                // (tokens, latents), scaled, -inf where masked
-  Vector v;                // (tokens, dim), 0 where masked
-  Vector max, norm, mean;  // (latents), (latents), (latents, dim); the initial state
+  double scale = 1;
+  Doubles q, k, v, dy;
+  std::vector<char> key_mask;           // (B,T), empty: absent
+  std::vector<int64_t> cu_seqlens;      // empty: absent
+  std::optional<State> initial;         // causal only
+  std::optional<State> d_final;         // its max is not used
 
-  // The key and value of index i for latent l.
-  double key(int64_t i, int64_t l) const {
-    if (i > 0) return k[(i - 1) * latents + l];
-    return norm[l] == 0 ? -kInfinity : max[l] + std::log(norm[l]);
+  int64_t sequences() const {
+    return cu_seqlens.empty() ? batch : static_cast<int64_t>(cu_seqlens.size()) - 1;
   }
-  double value(int64_t i, int64_t l, int64_t d) const {
-    return i > 0 ? v[(i - 1) * dim + d] : mean[l * dim + d];
-  }
+  int64_t group() const { return heads / kv_heads; }
 };
 
-struct Result {
-  Vector y;                // (group, tokens, dim)
-  Vector max, norm, mean;  // the final state
+struct Solution {
+  Reals y;
+  Doubles final_max;
+  Reals final_norm, final_mean;
+  Reals dq, dk, dv;
+  Reals d_initial_norm, d_initial_mean;
 };
 
-struct Cotangents {
-  Vector y, norm, mean;
+// Tokens [first, first + count) of one row of the batch are one sequence.
+struct Sequence {
+  int64_t batch, first, count;
 };
-
-struct Gradients {
-  Vector q, k, v;     // with respect to the scaled q and k
-  Vector norm, mean;  // of the initial state
-};
-
-// exp(a - b) with exp(-inf - -inf) = 0: the empty set has no mass.
-inline double mass(double a, double b) { return a == -kInfinity ? 0 : std::exp(a - b); }
-
-// p(.|l) over indices [0, count); all zeros if no key is usable.
-inline Vector token_probabilities(const Head& head, int64_t count, int64_t l) {
-  Vector w(count);
-  double top = -kInfinity, sum = 0;
-  for (int64_t i = 0; i < count; ++i) top = std::fmax(top, head.key(i, l));
-  for (int64_t i = 0; i < count; ++i) sum += w[i] = mass(head.key(i, l), top);
-  for (double& x : w) x = sum == 0 ? 0 : x / sum;
-  return w;
+inline Sequence sequence(const Problem& p, int64_t n) {
+  if (p.cu_seqlens.empty()) return {n, 0, p.tokens};
+  return {0, p.cu_seqlens[n], p.cu_seqlens[n + 1] - p.cu_seqlens[n]};
 }
 
-// p(.|t) of query head g.
-inline Vector latent_probabilities(const Head& head, int64_t g, int64_t t) {
-  const double* q = &head.q[(g * head.tokens + t) * head.latents];
-  Vector p(head.latents);
-  double top = -kInfinity, sum = 0;
-  for (int64_t l = 0; l < head.latents; ++l) top = std::fmax(top, q[l]);
-  for (int64_t l = 0; l < head.latents; ++l) sum += p[l] = mass(q[l], top);
-  for (double& x : p) x = sum == 0 ? 0 : x / sum;
+// softmax of one row of q; a row of -inf has no usable latent and gives zeros.
+inline Doubles latent_weights(const double* q, int64_t latents, double scale) {
+  double top = -kInf, sum = 0;
+  for (int64_t l = 0; l < latents; ++l) top = std::max(top, q[l] * scale);
+  Doubles p(latents, 0.0);
+  if (top == -kInf) return p;
+  for (int64_t l = 0; l < latents; ++l) sum += p[l] = std::exp(q[l] * scale - top);
+  for (double& x : p) x /= sum;
   return p;
 }
 
-// E[v | l] under the probabilities w.
-inline Vector expected_value(const Head& head, const Vector& w, int64_t l) {
-  Vector mean(head.dim);
-  for (size_t i = 0; i < w.size(); ++i)
-    if (w[i] != 0)
-      for (int64_t d = 0; d < head.dim; ++d) mean[d] += w[i] * head.value(i, l, d);
-  return mean;
-}
-
-// Indices that token t sees.
-inline int64_t visible(const Head& head, int64_t t) {
-  return head.causal ? t + 2 : head.tokens + 1;
-}
-
-// Calls f(l, t, w, mean) for every latent and token, with w = p(.|l,t) and mean = E[v|l,t].
-template <class F>
-void for_each_mean(const Head& head, F f) {
-  for (int64_t l = 0; l < head.latents; ++l) {
-    Vector w, mean;
-    for (int64_t t = 0; t < head.tokens; ++t) {
-      if (head.causal || t == 0) {
-        w = token_probabilities(head, visible(head, t), l);
-        mean = expected_value(head, w, l);
-      }
-      f(l, t, w, mean);
+// The states of one key/value head: state i is that after i tokens. alpha and keep are the weights
+// with which token t and state t enter state t + 1.
+struct Scan {
+  Doubles max, norm, alpha, keep;
+  Reals mean;
+};
+inline Scan scan(const Problem& p, int64_t n, int64_t head) {
+  const auto [b, first, count] = sequence(p, n);
+  const int64_t L = p.latents, D = p.dim, state = n * p.kv_heads + head;
+  Scan s;
+  s.max.assign((count + 1) * L, -kInf);
+  s.norm.assign((count + 1) * L, 0.0);
+  s.mean.assign((count + 1) * L * D, Real());
+  s.alpha.assign(count * L, 0.0);
+  s.keep.assign(count * L, 0.0);
+  if (p.initial) {
+    for (int64_t l = 0; l < L; ++l) {
+      s.max[l] = p.initial->max[state * L + l];
+      s.norm[l] = p.initial->norm[state * L + l];
+      for (int64_t d = 0; d < D; ++d) s.mean[l * D + d] = p.initial->mean[(state * L + l) * D + d];
     }
   }
-}
-
-inline Vector all_latent_probabilities(const Head& head) {
-  Vector all;
-  for (int64_t g = 0; g < head.group; ++g)
-    for (int64_t t = 0; t < head.tokens; ++t)
-      for (const double p : latent_probabilities(head, g, t)) all.push_back(p);
-  return all;
-}
-
-inline Result forward(const Head& head) {
-  const int64_t T = head.tokens, L = head.latents, D = head.dim;
-  Result r{Vector(head.group * T * D), Vector(L), Vector(L), Vector(L * D)};
-  const Vector p = all_latent_probabilities(head);
-  for_each_mean(head, [&](int64_t l, int64_t t, const Vector&, const Vector& mean) {
-    for (int64_t g = 0; g < head.group; ++g)
-      for (int64_t d = 0; d < D; ++d)
-        r.y[(g * T + t) * D + d] += p[(g * T + t) * L + l] * mean[d];
-  });
-  for (int64_t l = 0; l < L; ++l) {
-    r.max[l] = head.max[l];
-    for (int64_t t = 0; t < T; ++t) r.max[l] = std::fmax(r.max[l], head.k[t * L + l]);
-    if (head.norm[l] != 0) r.norm[l] = head.norm[l] * mass(head.max[l], r.max[l]);
-    for (int64_t t = 0; t < T; ++t) r.norm[l] += mass(head.k[t * L + l], r.max[l]);
-    const Vector mean = expected_value(head, token_probabilities(head, T + 1, l), l);
-    for (int64_t d = 0; d < D; ++d) r.mean[l * D + d] = mean[d];
-  }
-  return r;
-}
-
-// Vector-Jacobian product: that of a softmax-weighted mean for every (t, l), summed. Both maxima
-// are constants, so a change of log norm is norm d_norm, in and out.
-inline Gradients backward(const Head& head, const Cotangents& seeds) {
-  const int64_t T = head.tokens, L = head.latents, D = head.dim;
-  Gradients r{Vector(head.group * T * L), Vector(T * L), Vector(T * D), Vector(L), Vector(L * D)};
-  const Vector p = all_latent_probabilities(head);
-  Vector dp(p.size()), d_log_norm(L);
-
-  // mean = sum_i w_i value_i and dmean: dvalue_i = w_i dmean, dkey_i = w_i <value_i - mean, dmean>.
-  const auto mean_vjp = [&](int64_t l, const Vector& w, const Vector& mean, const Vector& dmean) {
-    double along = 0;
-    for (int64_t d = 0; d < D; ++d) along += mean[d] * dmean[d];
-    for (size_t i = 0; i < w.size(); ++i) {
-      if (w[i] == 0) continue;
-      double dot = 0;
+  for (int64_t t = 0; t < count; ++t) {
+    const bool real = p.key_mask.empty() || p.key_mask[b * p.tokens + first + t];
+    const int64_t row = (b * p.kv_heads + head) * p.tokens + first + t;
+    for (int64_t l = 0; l < L; ++l) {
+      const int64_t old = t * L + l, now = old + L;
+      const double key = real ? p.k[row * L + l] * p.scale : -kInf;
+      s.max[now] = std::max(s.max[old], key);
+      const double kept = s.norm[old] == 0 ? 0 : s.norm[old] * std::exp(s.max[old] - s.max[now]);
+      const double added = key == -kInf ? 0 : std::exp(key - s.max[now]);
+      s.norm[now] = kept + added;
+      if (s.norm[now] == 0) continue;
+      s.alpha[old] = added / s.norm[now];
+      s.keep[old] = kept / s.norm[now];
       for (int64_t d = 0; d < D; ++d) {
-        dot += head.value(i, l, d) * dmean[d];
-        (i > 0 ? r.v[(i - 1) * D + d] : r.mean[l * D + d]) += w[i] * dmean[d];
+        const Real value = added == 0 ? 0 : p.v[row * D + d];
+        s.mean[now * D + d] = Real(s.keep[old]) * s.mean[old * D + d] + Real(s.alpha[old]) * value;
       }
-      (i > 0 ? r.k[(i - 1) * L + l] : d_log_norm[l]) += w[i] * (dot - along);
     }
-  };
+  }
+  return s;
+}
 
-  // Bidirectional rows share one mean, so their cotangents add up before the product.
-  Vector shared(L * D);
-  for_each_mean(head, [&](int64_t l, int64_t t, const Vector& w, const Vector& mean) {
-    Vector dmean(D);
-    for (int64_t g = 0; g < head.group; ++g) {
-      const int64_t row = g * T + t;
-      for (int64_t d = 0; d < D; ++d) {
-        dmean[d] += p[row * L + l] * seeds.y[row * D + d];
-        dp[row * L + l] += seeds.y[row * D + d] * mean[d];
+inline Real dot(const Real* a, const double* b, int64_t n) {
+  Real sum;
+  for (int64_t i = 0; i < n; ++i) sum += a[i] * Real(b[i]);
+  return sum;
+}
+
+inline void forward_head(const Problem& p, int64_t n, int64_t head, const Scan& s, Solution& out) {
+  const auto [b, first, count] = sequence(p, n);
+  const int64_t L = p.latents, D = p.dim;
+  for (int64_t g = 0; g < p.group(); ++g) {
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t row = (b * p.heads + head * p.group() + g) * p.tokens + first + t;
+      const Doubles weights = latent_weights(&p.q[row * L], L, p.scale);
+      const Real* mean = &s.mean[(p.causal ? t + 1 : count) * L * D];
+      for (int64_t l = 0; l < L; ++l)
+        for (int64_t d = 0; d < D; ++d) out.y[row * D + d] += Real(weights[l]) * mean[l * D + d];
+    }
+  }
+  const int64_t state = n * p.kv_heads + head;
+  for (int64_t l = 0; l < L; ++l) {
+    out.final_max[state * L + l] = s.max[count * L + l];
+    out.final_norm[state * L + l] = s.norm[count * L + l];
+    for (int64_t d = 0; d < D; ++d)
+      out.final_mean[(state * L + l) * D + d] = s.mean[(count * L + l) * D + d];
+  }
+}
+
+// G_t = sum_heads p_t (x) dy_t + f_(t+1) G_(t+1),  c_t = sum_heads p_t dP_t + f_(t+1) c_(t+1).
+inline void backward_head(const Problem& p, int64_t n, int64_t head, const Scan& s,
+                          Solution& out) {
+  const auto [b, first, count] = sequence(p, n);
+  const int64_t L = p.latents, D = p.dim, state = n * p.kv_heads + head;
+  Reals G(L * D), c(L);
+  if (p.d_final) {
+    for (int64_t l = 0; l < L; ++l) {
+      const double* d_mean = &p.d_final->mean[(state * L + l) * D];
+      for (int64_t d = 0; d < D; ++d) G[l * D + d] = d_mean[d];
+      const Real d_lse = Real(s.norm[count * L + l]) * Real(p.d_final->norm[state * L + l]);
+      c[l] = dot(&s.mean[(count * L + l) * D], d_mean, D) - d_lse;
+    }
+  }
+  for (int64_t t = count - 1; t >= 0; --t) {
+    // The query rows that read the state after token t.
+    const int64_t begin = p.causal || t < count - 1 ? t : 0;
+    const int64_t end = p.causal || t == count - 1 ? t + 1 : begin;
+    for (int64_t g = 0; g < p.group(); ++g) {
+      for (int64_t r = begin; r < end; ++r) {
+        const int64_t row = (b * p.heads + head * p.group() + g) * p.tokens + first + r;
+        const Doubles weights = latent_weights(&p.q[row * L], L, p.scale);
+        const double* dy = &p.dy[row * D];
+        Reals d_weights(L);
+        Real average;
+        for (int64_t l = 0; l < L; ++l) {
+          d_weights[l] = dot(&s.mean[((t + 1) * L + l) * D], dy, D);
+          average += Real(weights[l]) * d_weights[l];
+        }
+        for (int64_t l = 0; l < L; ++l) {
+          out.dq[row * L + l] = Real(weights[l] * p.scale) * (d_weights[l] - average);
+          c[l] += Real(weights[l]) * d_weights[l];
+          for (int64_t d = 0; d < D; ++d) G[l * D + d] += Real(weights[l]) * Real(dy[d]);
+        }
       }
     }
-    if (head.causal) return mean_vjp(l, w, mean, dmean);
-    for (int64_t d = 0; d < D; ++d) shared[l * D + d] += dmean[d];
-  });
-  const Result state = forward(head);
+    const int64_t row = (b * p.kv_heads + head) * p.tokens + first + t;
+    for (int64_t l = 0; l < L; ++l) {
+      const double alpha = s.alpha[t * L + l], keep = s.keep[t * L + l];
+      if (alpha != 0) {
+        for (int64_t d = 0; d < D; ++d) out.dv[row * D + d] += Real(alpha) * G[l * D + d];
+        out.dk[row * L + l] = Real(alpha * p.scale) * (dot(&G[l * D], &p.v[row * D], D) - c[l]);
+      }
+      c[l] = Real(keep) * c[l];
+      for (int64_t d = 0; d < D; ++d) G[l * D + d] = Real(keep) * G[l * D + d];
+    }
+  }
+  if (!p.initial) return;
   for (int64_t l = 0; l < L; ++l) {
-    const Vector w = token_probabilities(head, T + 1, l), mean = expected_value(head, w, l);
-    Vector dmean(D);
-    for (int64_t d = 0; d < D; ++d) dmean[d] = seeds.mean[l * D + d] + shared[l * D + d];
-    mean_vjp(l, w, mean, dmean);
-    const double seed = state.norm[l] * seeds.norm[l];
-    d_log_norm[l] += w[0] * seed;
-    for (int64_t t = 0; t < T; ++t) r.k[t * L + l] += w[t + 1] * seed;
-    r.norm[l] = head.norm[l] == 0 ? 0 : d_log_norm[l] / head.norm[l];
+    const double norm = p.initial->norm[state * L + l];
+    if (norm == 0) continue;  // an empty latent has no gradient
+    const Real d_lse = dot(&G[l * D], &p.initial->mean[(state * L + l) * D], D) - c[l];
+    out.d_initial_norm[state * L + l] = Real(1 / norm) * d_lse;
+    for (int64_t d = 0; d < D; ++d) out.d_initial_mean[(state * L + l) * D + d] = G[l * D + d];
   }
-  for (int64_t row = 0; row < head.group * T; ++row) {
-    double along = 0;
-    for (int64_t l = 0; l < L; ++l) along += p[row * L + l] * dp[row * L + l];
-    for (int64_t l = 0; l < L; ++l) r.q[row * L + l] = p[row * L + l] * (dp[row * L + l] - along);
+}
+
+// Everything the library computes: values, states and (if p.dy is there) gradients.
+inline Solution solve(const Problem& p) {
+  const int64_t states = p.sequences() * p.kv_heads * p.latents;
+  Solution out;
+  out.y.resize(p.batch * p.heads * p.tokens * p.dim);
+  out.final_max.resize(states);
+  out.final_norm.resize(states);
+  out.final_mean.resize(states * p.dim);
+  out.dq.resize(p.q.size());
+  out.dk.resize(p.k.size());
+  out.dv.resize(p.v.size());
+  out.d_initial_norm.resize(states);
+  out.d_initial_mean.resize(states * p.dim);
+  for (int64_t n = 0; n < p.sequences(); ++n) {
+    for (int64_t head = 0; head < p.kv_heads; ++head) {
+      const Scan s = scan(p, n, head);
+      forward_head(p, n, head, s, out);
+      if (!p.dy.empty()) backward_head(p, n, head, s, out);
+    }
   }
-  return r;
+  return out;
+}
+
+// merge(a, b) of two states.
+inline State merge(const State& a, const State& b) {
+  State out = a;
+  const size_t dim = a.max.empty() ? 0 : a.mean.size() / a.max.size();
+  for (size_t i = 0; i < a.max.size(); ++i) {
+    out.max[i] = std::max(a.max[i], b.max[i]);
+    const double from_a = a.norm[i] == 0 ? 0 : a.norm[i] * std::exp(a.max[i] - out.max[i]);
+    const double from_b = b.norm[i] == 0 ? 0 : b.norm[i] * std::exp(b.max[i] - out.max[i]);
+    out.norm[i] = from_a + from_b;
+    for (size_t d = i * dim; d < (i + 1) * dim; ++d)
+      out.mean[d] =
+          out.norm[i] == 0 ? 0 : (from_a * a.mean[d] + from_b * b.mean[d]) / out.norm[i];
+  }
+  return out;
 }
 
 }  // namespace reference

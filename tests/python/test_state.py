@@ -411,8 +411,8 @@ def test_bad_merge() -> None:
     ("index", "error", "message"),
     [
         ([3], ValueError, r"index does not fit: expected positions in \[-3, 3\)"),
-        ([-4], ValueError, r"expected positions in \[-3, 3\)"),
-        ([True, False], ValueError, r"expected .* a mask of length 3"),
+        ([-4], ValueError, r"index does not fit: expected positions in \[-3, 3\)"),
+        ([True, False], ValueError, r"index does not fit: expected .* a mask of length 3"),
         ([[0]], ValueError, r"index has shape \(1, 1\), expected one dimension"),
         (1, ValueError, r"index has shape \(\), expected one dimension"),
         ([0.5], TypeError, r"index has dtype torch.float32, expected signed integers or bool"),

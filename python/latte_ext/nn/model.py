@@ -130,7 +130,9 @@ class LatteBlock(nn.Module):
         """The cache of `batch` sequences without tokens."""
         state = self.attention.empty_state(batch)
         if self.conv is None:
-            return LayerCache(state, self.mlp_in.weight.new_zeros(batch, 0, self.mlp_in.in_features))
+            return LayerCache(
+                state, self.mlp_in.weight.new_zeros(batch, 0, self.mlp_in.in_features)
+            )
         return LayerCache(state, self.conv.empty_tail(batch))
 
     def forward(
@@ -317,9 +319,7 @@ class LatteLM(nn.Module):
         for i in range(max_new_tokens):
             if i:
                 logits = self.step(tokens[-1].squeeze(1), cache)
-            token = sample_token(
-                logits, temperature=temperature, top_k=top_k, generator=generator
-            )
+            token = sample_token(logits, temperature=temperature, top_k=top_k, generator=generator)
             tokens.append(token.unsqueeze(1))
         return torch.cat(tokens, dim=1)
 

@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Large, jumping, drifting and infinite logits: float32 against float64 on the natural scale.
+
+A gradient of zero is computed as a difference of inner products of v and dy, so that what is left
+of it is compared with the size of those products (`assert_same_solution`), not with zero.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import pytest
+import torch
+from helpers import (
+    Problem,
+    assert_same_solution,
+    check,
+    make_problem,
+    random_mask,
+    rms,
+    solve,
+    solve_reference,
+)
+from latte_ext import latent_attention
+from torch import Tensor
+
+TOKENS = 700
+LATENTS = DIM = 64
+
+
+def random_problem(seed: int = 0, **options: object) -> Problem:
+    return make_problem(LATENTS, DIM, TOKENS, batch=1, heads=1, seed=seed, **options)
+
+
+def scaled(factor: float) -> Problem:
+    return random_problem(spread=factor)
+
+
+def with_keys(change: Callable[[Tensor], Tensor]) -> Problem:
+    problem = random_problem()
+    return dataclasses.replace(problem, k=change(problem.k))
+
+
+def drift(slope: float) -> Problem:
+    return with_keys(lambda k: k + slope * torch.arange(TOKENS)[:, None])
+
+
+def jumps(*steps: tuple[int, float]) -> Problem:
+    def change(k: Tensor) -> Tensor:
+        k = k.clone()
+        for start, height in steps:
+            k[:, :, start:] += height
+        return k
+
+    return with_keys(change)
+
+
+def jumps_per_latent() -> Problem:
+    """Each latent jumps at a token of its own, by 10 to 5000."""
+    start = torch.randint(0, TOKENS, (LATENTS,))
+    height = torch.logspace(1, 3.7, LATENTS)
+    return with_keys(lambda k: k + height * (torch.arange(TOKENS)[:, None] >= start))
+
+
+def hidden(keep: Tensor) -> Problem:
+    return with_keys(lambda k: k.masked_fill(~keep[..., None], -torch.inf))
+
+
+def huge() -> Problem:
+    """Keys up to 3e38, whose differences are not finite in float32."""
+    return with_keys(lambda k: k.clamp(-3, 3) * 1e38)
+
+
+def offset_values() -> Problem:
+    problem = random_problem()
+    return dataclasses.replace(problem, v=problem.v + 100)
+
+
+def offset_queries() -> Problem:
+    problem = random_problem()
+    return dataclasses.replace(problem, q=problem.q + 1e4)
+
+
+def ties() -> Problem:
+    return with_keys(torch.zeros_like)
+
+
+def alternating() -> Problem:
+    """The largest key is never in the chunk's first rows, and far above the others."""
+    return with_keys(lambda k: k + 3e3 * (torch.arange(TOKENS)[:, None] % 37 == 36))
+
+
+TABLE: dict[str, Callable[[], Problem]] = {
+    "random": lambda: scaled(1),
+    "x100": lambda: scaled(100),
+    "x1e4": lambda: scaled(1e4),
+    "x1e-4": lambda: scaled(1e-4),
+    "jump_up": lambda: jumps((300, 1e4)),
+    "jump_up_twice": lambda: jumps((300, 1e4), (550, 3e4)),
+    "jump_down": lambda: jumps((300, -1e4)),
+    "jump_at_every_chunk": lambda: jumps(*((t, 200.0) for t in range(64, TOKENS, 64))),
+    "jumps_per_latent": jumps_per_latent,
+    "left_padding": lambda: hidden(torch.arange(TOKENS) >= 200),
+    "right_padding": lambda: hidden(torch.arange(TOKENS) < 500),
+    "random_mask": lambda: hidden(random_mask(1, TOKENS, keep=0.5)[0]),
+    "one_token_left": lambda: hidden(torch.arange(TOKENS) == 431),
+    "rising_1": lambda: drift(1),
+    "rising_50": lambda: drift(50),
+    "falling_1": lambda: drift(-1),
+    "falling_50": lambda: drift(-50),
+    "ramp": lambda: drift(0.05),
+    "keys_3e38": huge,
+    "values_around_100": offset_values,
+    "queries_around_1e4": offset_queries,
+    "ties": ties,
+    "alternating": alternating,
+}
+
+
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("case", TABLE)
+def test_table(case: str, causal: bool) -> None:
+    problem = dataclasses.replace(TABLE[case](), causal=causal)
+    solution = check(problem)
+    for name, value in solution.named():
+        assert not value.isnan().any(), name
+
+
+@pytest.mark.parametrize("spread", [1.0, 100.0])
+@pytest.mark.parametrize("initial", [-1e4, 0.0, 1e4])
+def test_initial_state_far_from_the_keys(initial: float, spread: float) -> None:
+    problem = make_problem(16, 8, 150, batch=1, heads=1, initial_state=True, spread=spread)
+    assert problem.state is not None
+    maximum, norm, mean = problem.state
+    check(dataclasses.replace(problem, state=(maximum + initial, norm, mean)))
+
+
+def test_queries_and_keys_of_minus_infinity() -> None:
+    """All -inf gives exact zeros, in values and gradients."""
+    problem = make_problem(9, 7, 150, batch=1)
+    problem.q[:, :, 70] = -torch.inf
+    solution = check(problem)
+    assert (solution.y[:, :, 70] == 0).all()
+    assert (solution.dq[:, :, 70] == 0).all()
+    problem.k.fill_(-torch.inf)
+    for causal in (True, False):
+        solution = solve(dataclasses.replace(problem, causal=causal))
+        for name, value in solution.named():
+            assert (value == (-torch.inf if name == "max" else 0)).all(), name
+
+
+def test_constant_values_stay_constant() -> None:
+    """A mean of equal values is that value, however long the sequence."""
+    q, k = torch.randn(2, 1, 1, 20_000, 8).unbind()
+    y = latent_attention(q, 3 * k, torch.full((1, 1, 20_000, 3), 100.0))
+    assert (y - 100).abs().max() < 100 * 2e-6
+
+
+def test_equal_keys_average() -> None:
+    """With equal keys the state is the running mean, with norm the number of tokens."""
+    v = torch.randn(1, 1, 20_000, 3)
+    zero = torch.zeros(1, 1, 20_000, 4)
+    y, state = latent_attention(zero, zero, v, return_state=True)
+    expected = v.double().cumsum(2) / torch.arange(1, 20_001)[:, None]
+    assert (y - expected).abs().max() < 2e-6
+    assert (state.norm == 20_000).all()
+
+
+def test_no_growth_of_error_with_length() -> None:
+    """y shrinks as 1 / sqrt(t) here, yet stays close to float64 for every token."""
+    q, k = torch.randn(2, 1, 1, 30_000, 4).unbind()
+    v = torch.randn(1, 1, 30_000, 8)
+    y = latent_attention(q, k, v)
+    expected = latent_attention(q.double(), k.double(), v.double())
+    error = (y - expected).norm(dim=-1) / expected.norm(dim=-1)
+    assert error.max() < 1e-4
+    assert error.median() < 5e-6
+
+
+def test_overflowing_weights_are_not_formed() -> None:
+    """Half precision at the edge of its range."""
+    for dtype in (torch.float16, torch.bfloat16):
+        problem = make_problem(8, 8, 100, dtype=dtype, spread=60.0)
+        largest = torch.finfo(dtype).max
+        problem.k[:, :, 50] = largest
+        problem.v.mul_(100)
+        solution = solve(problem)
+        assert_same_solution(solution, solve_reference(problem), problem)
+        assert rms(solution.y) > 1
