@@ -25,8 +25,8 @@ Conventions: a -inf key, and a latent that no token has used, contribute exact z
 not renormalised over the others; a row of q that is all -inf gives y = 0; a NaN or +inf key gives
 NaN from there on in its latent. `scale` multiplies the logits q and k, so that states are in scaled
 logits. `key_mask` (True = a real token) removes keys and values, whatever they hold; y is computed
-at every position. Arithmetic is float64 if an input is, else float32, under autocast too; y has the
-dtype of v.
+at every position. Arithmetic is float64 if an input is, else float32, under autocast too (run the
+backward pass outside of it, as torch asks); y has the dtype of v.
 """
 
 import contextlib

@@ -243,3 +243,5 @@ pytree.register_pytree_node(
     serialized_type_name="latte_ext.LatentState",
     flatten_with_keys_fn=_flatten_with_keys,
 )
+# Plain data: lets torch.load and torch.export.load read states without arbitrary unpickling.
+torch.serialization.add_safe_globals([LatentState])

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A random call of the library and its check against reference.h.
+// A random call of the library and its check against oracle.h.
 #pragma once
 
 #include <gtest/gtest.h>
@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "arrays.h"
-#include "reference.h"
+#include "oracle.h"
 
 namespace testing_latte {
 
@@ -45,22 +45,19 @@ struct Case {
     q_layout = k_layout = v_layout = layout;
     if (!is_expanded(layout)) y_layout = state_layout = layout;
   }
-  DType compute_type() const {
-    return q_type == DType::float64 ? DType::float64 : DType::float32;
-  }
+  DType compute_type() const { return q_type == DType::float64 ? DType::float64 : DType::float32; }
   int64_t sequences() const {
     return borders.empty() ? batch : static_cast<int64_t>(borders.size()) - 1;
   }
   std::string text() const {
     std::ostringstream s;
     s << "B=" << batch << " H=" << heads << " Hk=" << kv_heads << " T=" << tokens
-      << " L=" << latents << " D=" << dim << " types=" << name_of(q_type) << ","
-      << name_of(k_type) << "," << name_of(v_type) << " layouts=" << int(q_layout)
-      << int(k_layout) << int(v_layout) << int(y_layout) << int(state_layout)
-      << (causal ? " causal" : " bidirectional") << (masked ? " masked" : "")
-      << (initial ? " initial" : "") << (states ? " states" : "") << " scale=" << scale
-      << " keys=" << int(keys) << " packed=" << borders.size() << " threads=" << threads
-      << " seed=" << seed;
+      << " L=" << latents << " D=" << dim << " types=" << name_of(q_type) << "," << name_of(k_type)
+      << "," << name_of(v_type) << " layouts=" << int(q_layout) << int(k_layout) << int(v_layout)
+      << int(y_layout) << int(state_layout) << (causal ? " causal" : " bidirectional")
+      << (masked ? " masked" : "") << (initial ? " initial" : "") << (states ? " states" : "")
+      << " scale=" << scale << " keys=" << int(keys) << " packed=" << borders.size()
+      << " threads=" << threads << " seed=" << seed;
     return s.str();
   }
 };
@@ -216,8 +213,7 @@ class Call {
     for (int64_t g = 0; g < group; ++g)
       for (int64_t t = first(n); t < first(n) + tokens(n); ++t)
         for (int64_t i = 0; i < width; ++i)
-          all.push_back(
-              a.get(((batch(n) * heads + h * group + g) * c.tokens + t) * width + i));
+          all.push_back(a.get(((batch(n) * heads + h * group + g) * c.tokens + t) * width + i));
     return all;
   }
   std::vector<double> slice(const Array& a, int64_t n, int64_t h) const {
@@ -229,8 +225,8 @@ class Call {
 
   std::vector<unsigned char> output_bytes() const {
     std::vector<unsigned char> all;
-    for (const Array* a : {&y, &final.max, &final.norm, &final.mean, &dq, &dk, &dv,
-                           &d_initial.norm, &d_initial.mean})
+    for (const Array* a : {&y, &final.max, &final.norm, &final.mean, &dq, &dk, &dv, &d_initial.norm,
+                           &d_initial.mean})
       append(all, *a);
     return all;
   }
@@ -438,8 +434,7 @@ inline std::vector<Case> layout_cases() {
 
 inline std::vector<Case> event_cases() {
   std::vector<Case> cases;
-  for (const Keys keys :
-       {Keys::rising, Keys::falling, Keys::jumps, Keys::infinite, Keys::huge})
+  for (const Keys keys : {Keys::rising, Keys::falling, Keys::jumps, Keys::infinite, Keys::huge})
     for (const DType dtype : kTypes)
       for (const bool causal : {true, false})
         for (const int64_t latents : {3, 16, 33}) {

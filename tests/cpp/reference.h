@@ -39,10 +39,10 @@ struct Problem {
   bool causal = true;
   double scale = 1;
   Doubles q, k, v, dy;
-  std::vector<char> key_mask;           // (B,T), empty: absent
-  std::vector<int64_t> cu_seqlens;      // empty: absent
-  std::optional<State> initial;         // causal only
-  std::optional<State> d_final;         // its max is not used
+  std::vector<char> key_mask;       // (B,T), empty: absent
+  std::vector<int64_t> cu_seqlens;  // empty: absent
+  std::optional<State> initial;     // causal only
+  std::optional<State> d_final;     // its max is not used
 
   int64_t sequences() const {
     return cu_seqlens.empty() ? batch : static_cast<int64_t>(cu_seqlens.size()) - 1;
@@ -150,8 +150,7 @@ inline void forward_head(const Problem& p, int64_t n, int64_t head, const Scan& 
 }
 
 // G_t = sum_heads p_t (x) dy_t + f_(t+1) G_(t+1),  c_t = sum_heads p_t dP_t + f_(t+1) c_(t+1).
-inline void backward_head(const Problem& p, int64_t n, int64_t head, const Scan& s,
-                          Solution& out) {
+inline void backward_head(const Problem& p, int64_t n, int64_t head, const Scan& s, Solution& out) {
   const auto [b, first, count] = sequence(p, n);
   const int64_t L = p.latents, D = p.dim, state = n * p.kv_heads + head;
   Reals G(L * D), c(L);
@@ -239,8 +238,7 @@ inline State merge(const State& a, const State& b) {
     const double from_b = b.norm[i] == 0 ? 0 : b.norm[i] * std::exp(b.max[i] - out.max[i]);
     out.norm[i] = from_a + from_b;
     for (size_t d = i * dim; d < (i + 1) * dim; ++d)
-      out.mean[d] =
-          out.norm[i] == 0 ? 0 : (from_a * a.mean[d] + from_b * b.mean[d]) / out.norm[i];
+      out.mean[d] = out.norm[i] == 0 ? 0 : (from_a * a.mean[d] + from_b * b.mean[d]) / out.norm[i];
   }
   return out;
 }

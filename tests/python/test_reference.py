@@ -180,6 +180,39 @@ def test_masked_nan_does_not_spread(causal: bool) -> None:
         assert torch.equal(got, want), name
 
 
+@CAUSAL
+@pytest.mark.parametrize("size", [1e2, 1e4, 1e30, 3e38])
+def test_extreme_logits(causal: bool, size: float) -> None:
+    """float32 neither overflows nor loses accuracy at any finite logits."""
+    problem = make_problem(5, 3, 9, causal=causal)
+    problem.q.tanh_().mul_(size)
+    problem.k.tanh_().mul_(size)
+    solution = solve(problem, reference_attention)
+    for name, value in solution.named():
+        assert value.isfinite().all(), name
+    expected = solve(problem.map(Tensor.double), quadratic_attention)
+    assert_same_solution(solution, expected, problem)
+
+
+@CAUSAL
+@pytest.mark.parametrize("key", [torch.nan, torch.inf])
+@pytest.mark.parametrize("attention", [reference_attention, quadratic_attention])
+def test_nan_and_infinite_keys_are_seen(
+    attention: Callable[..., tuple[Tensor, LatentState]], key: float, causal: bool
+) -> None:
+    """From the token on, in its head; the state keeps the other latents."""
+    problem = make_problem(4, 3, 9, dtype=F64, causal=causal)
+    problem.k[0, 1, 5, 2] = key
+    solution = solve(problem, attention)
+    expected = torch.zeros(2, 2, 9, dtype=torch.bool)
+    expected[0, 1, 5 if causal else 0 :] = True
+    assert torch.equal(solution.y.isnan(), expected[..., None].expand_as(solution.y))
+    latent = torch.zeros(2, 2, 4, dtype=torch.bool)
+    latent[0, 1, 2] = True
+    assert torch.equal(solution.norm.isnan(), latent)
+    assert torch.equal(solution.mean.isnan(), latent[..., None].expand_as(solution.mean))
+
+
 def test_state_without_causality() -> None:
     problem = make_problem(4, 3, 5, dtype=F64, initial_state=True)
     with pytest.raises(ValueError, match=r"\[latent_attention\] got state .* expected causal=True"):
@@ -194,6 +227,7 @@ GRADCHECK: dict[str, dict[str, object]] = {
     "mask": {"key_mask": torch.tensor([[True, False, True], [False, False, True]])},
     "packed": {"lengths": (2, 0, 1)},
     "grouped": {"heads": 2, "kv_heads": 1},
+    "infinite_keys": {},
 }
 
 
@@ -212,6 +246,10 @@ def test_finite_differences(check: Callable[..., bool], feature: str, mode: str)
     problem = make_problem(
         dtype=F64, causal=mode != "bidirectional", initial_state=initial, **options
     )
+    if feature == "infinite_keys":  # one latent is empty, at the first token too
+        problem.k[0, 0, 0, 0] = -torch.inf
+        for part, value in zip(problem.state or (), (-torch.inf, 0, 0), strict=False):
+            part[0, 0, 0] = value
     maximum, *carried = problem.state or (None,)
 
     def function(q: Tensor, k: Tensor, v: Tensor, *carried: Tensor) -> tuple[Tensor, ...]:

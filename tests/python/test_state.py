@@ -13,7 +13,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from latte_ext import LatentState, latent_attention
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
 F64 = torch.float64
 SETTINGS = settings(deadline=None, max_examples=25, derandomize=True, database=None)
@@ -307,27 +306,6 @@ def test_copies_and_serialisation() -> None:
     torch.save(state.tensors(), buffer)
     buffer.seek(0)
     assert_states_equal(LatentState(*torch.load(buffer)), state)
-
-
-# Pytree ------------------------------------------------------------------------------------------
-
-
-def test_pytree() -> None:
-    state = make_state()
-    leaves, spec = pytree.tree_flatten({"cache": [state, 1]})
-    assert len(leaves) == 4
-    again = pytree.tree_unflatten(leaves, spec)["cache"][0]
-    assert isinstance(again, LatentState)
-    assert all(x is y for x, y in zip(again, state, strict=True))
-    doubled = pytree.tree_map(lambda x: 2 * x, state)
-    assert torch.equal(doubled.mean, 2 * state.mean)
-    keys = [pytree.keystr(path) for path, _ in pytree.tree_flatten_with_path(state)[0]]
-    assert keys == [".max", ".norm", ".mean"]
-
-
-def test_pytree_spec_is_serialisable() -> None:
-    _, spec = pytree.tree_flatten(make_state())
-    assert pytree.treespec_loads(pytree.treespec_dumps(spec)) == spec
 
 
 # Errors ------------------------------------------------------------------------------------------

@@ -147,9 +147,7 @@ def test_t1_token_by_token(problem: Problem) -> None:
         for t in range(tokens)
     ]
     y = torch.stack(rows, 2) if rows else whole.y
-    stepped = dataclasses.replace(
-        whole, y=y, max=state.max, norm=state.norm, mean=state.mean
-    )
+    stepped = dataclasses.replace(whole, y=y, max=state.max, norm=state.norm, mean=state.mean)
     assert_same_solution(stepped, whole, problem)
 
 
@@ -199,7 +197,13 @@ def test_t2_packed(problem: Problem, masked: bool) -> None:
 
 
 def absent(
-    q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor, state: LatentState | None, **options: object
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    key_mask: Tensor,
+    state: LatentState | None,
+    **options: object,
 ) -> tuple[Tensor, LatentState]:
     """Row by row without the masked tokens; zeros stand for their outputs."""
     rows, states = [], []
@@ -226,7 +230,9 @@ def masked(
 @given(problem=problems(), side=st.sampled_from(["left", "right", "scattered", "all"]), seed=SEEDS)
 def test_t3_masked_is_absent(problem: Problem, side: str, seed: int) -> None:
     batch, _, tokens, _ = problem.q.shape
-    lengths = torch.randint(0, tokens + 1, (batch, 1), generator=torch.Generator().manual_seed(seed))
+    lengths = torch.randint(
+        0, tokens + 1, (batch, 1), generator=torch.Generator().manual_seed(seed)
+    )
     positions = torch.arange(tokens)
     key_mask = {
         "left": positions >= tokens - lengths,

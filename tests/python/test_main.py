@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`python -m latte_ext`: information and self test, as a user calls them."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import latte_ext
+from latte_ext import __main__ as command
+from latte_ext import selftest
+
+
+def test_info_names_what_a_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["info"]) == 0
+    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:5])
+    assert rows["threads"] == str(torch.get_num_threads())
+    assert rows["CUDA"].startswith("no")
+    assert rows["torch"] == torch.__version__
+
+
+def test_selftest_holds_here(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["selftest"]) == 0
+    out = capsys.readouterr().out
+    assert "all checks hold" in out
+    assert "FAIL" not in out
+
+
+def test_selftest_notices_a_wrong_result(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = latte_ext.latent_attention
+    monkeypatch.setattr(
+        selftest, "latent_attention", lambda *args, **kw: _off_by_a_percent(right(*args, **kw))
+    )
+    assert selftest.main() == 1
+    assert "FAIL" in capsys.readouterr().out
+
+
+def _off_by_a_percent(
+    result: torch.Tensor | tuple[torch.Tensor, latte_ext.LatentState],
+) -> torch.Tensor | tuple[torch.Tensor, latte_ext.LatentState]:
+    return result * 1.01 if isinstance(result, torch.Tensor) else result
+
+
+def test_unknown_instruction_set_is_refused() -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "latte_ext", "info"],
+        env={"PATH": "/usr/bin:/bin", "LATTE_CPU_ISA": "abacus"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode != 0
+    assert "LATTE_CPU_ISA is 'abacus', expected one of" in run.stderr

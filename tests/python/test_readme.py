@@ -1,0 +1,32 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The README's code runs as it stands there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = Path(__file__).parents[2] / "README.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
+
+
+def test_the_readme_has_code() -> None:
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_readme_block_runs(block: str) -> None:
+    names: dict[str, object] = {}
+    exec(compile(block, str(README), "exec"), names)
+    if "model" in names:
+        model = names["model"]
+        assert isinstance(model, torch.nn.Module)
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        assert not any(isinstance(m, torch.nn.MultiheadAttention) for m in model.modules())
+    else:
+        y_next, q = names["y_next"], names["q"]
+        assert isinstance(y_next, torch.Tensor)
+        assert isinstance(q, torch.Tensor)
+        assert y_next.shape == (1, 8, 64)
+        assert y_next.isfinite().all()
