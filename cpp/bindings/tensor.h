@@ -38,7 +38,7 @@ inline Tensor tensor_from_torch(const py::handle& object) {
   const py::tuple shape = object.attr("shape");
   const py::tuple stride = object.attr("stride")();
   t.rank = static_cast<int64_t>(shape.size());
-  // The validation names the argument; rank 5 and above only has to reach it unharmed.
+  // Every argument has at most 4 dimensions; the validation refuses a higher rank by name.
   for (size_t i = 0; i < shape.size() && i < 4; ++i) {
     t.shape[i] = shape[i].cast<int64_t>();
     t.stride[i] = stride[i].cast<int64_t>();

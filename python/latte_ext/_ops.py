@@ -169,15 +169,6 @@ def _step_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def _step_cpu(
     q: Tensor, k: Tensor, v: Tensor, max: Tensor, norm: Tensor, mean: Tensor, scale: float
 ) -> Tensor:
-    if torch.is_grad_enabled():
-        for name, tensor in zip(
-            ("q", "k", "v", "max", "norm", "mean"), (q, k, v, max, norm, mean), strict=True
-        ):
-            if tensor.requires_grad:
-                raise RuntimeError(
-                    f"[latent_attention_step] got {name} that requires grad, expected none: the "
-                    "state is updated in place. Use latent_attention for training, or no_grad()"
-                )
     y = _step_output(q, k, v)
     _core.latent_attention_step(q, k, v, max, norm, mean, y, scale, torch.get_num_threads())
     return y
@@ -218,7 +209,17 @@ class _LatentAttention(torch.autograd.Function):
         )
 
 
+def _refuse_transforms(op: str) -> None:
+    # An autograd.Function below the dispatcher is invisible to torch.func.
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"[{op}] got a torch.func transform, expected plain autograd: use "
+            'backend="reference" under torch.func'
+        )
+
+
 def _forward_autograd(*args: Any) -> Any:
+    _refuse_transforms("latent_attention")
     return _LatentAttention.apply(*args)  # type: ignore[no-untyped-call]
 
 
@@ -246,6 +247,24 @@ def _backward_autograd(*args: Any) -> Any:
     return _LatentAttentionBackward.apply(*args)  # type: ignore[no-untyped-call]
 
 
+def _step_autograd(*args: Any) -> Any:
+    _refuse_transforms("latent_attention_step")
+    tangents = torch.autograd.forward_ad._current_level >= 0
+    for name, tensor in zip(("q", "k", "v", "max", "norm", "mean"), args, strict=False):
+        if torch.is_grad_enabled() and tensor.requires_grad:
+            found = "that requires grad"
+        elif tangents and torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            found = "that carries a tangent"
+        else:
+            continue
+        raise RuntimeError(
+            f"[latent_attention_step] got {name} {found}, expected none: the state is updated in "
+            "place. Use latent_attention for training, or no_grad()"
+        )
+    with torch._C._AutoDispatchBelowAutograd():
+        return _OPS.latent_attention_step.default(*args)
+
+
 def _unbuilt_cuda(op: str) -> Any:
     def raise_unbuilt(*args: Any) -> Any:
         raise RuntimeError(f"[{op}] built without CUDA: got a CUDA tensor, expected a CPU tensor")
@@ -260,6 +279,7 @@ for _name in ("latent_attention", "latent_attention_backward", "latent_attention
     _LIBRARY.impl(_name, _unbuilt_cuda(_name), "CUDA")
 _LIBRARY.impl("latent_attention", _forward_autograd, "Autograd")
 _LIBRARY.impl("latent_attention_backward", _backward_autograd, "Autograd")
+_LIBRARY.impl("latent_attention_step", _step_autograd, "Autograd")
 torch.library.register_fake("latte_ext::latent_attention", _forward_fake, lib=_LIBRARY)
 torch.library.register_fake("latte_ext::latent_attention_backward", _backward_fake, lib=_LIBRARY)
 torch.library.register_fake("latte_ext::latent_attention_step", _step_fake, lib=_LIBRARY)

@@ -82,8 +82,8 @@ def latent_attention(
         ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
     """
     op = "latent_attention"
-    _check_tensors(op, q=q, k=k, v=v)
-    _check_optional(op, q, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    _check_tensors(op, q=q, k=k, v=v, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    _check_scalars(op, scale, causal)
     triple = _state_tensors(op, q, state)
     _check_backend(op, q, backend)
     if backend == "reference":
@@ -124,36 +124,43 @@ def latent_attention_step(
     """
     op = "latent_attention_step"
     _check_tensors(op, q=q, k=k, v=v)
+    _check_scalars(op, scale)
     if not isinstance(state, LatentState):
         raise TypeError(f"[{op}] state is a {type(state).__name__}, expected a LatentState")
     triple = _state_tensors(op, q, state)
     return _ops.latent_attention_step(q, k, v, *triple, scale)  # type: ignore[no-any-return]
 
 
-def _check_tensors(op: str, **tensors: Tensor) -> None:
-    q = tensors["q"]
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"[{op}] {name} is a {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.device != q.device:
-            raise RuntimeError(f"[{op}] {name} is on {tensor.device}, expected {q.device} as q")
-        if not tensor.dtype.is_floating_point:
-            raise TypeError(
-                f"[{op}] {name} has dtype {tensor.dtype}, expected float32, bfloat16, float16 or "
-                "float64"
-            )
-        if tensor.layout != torch.strided:
-            raise TypeError(f"[{op}] {name} has layout {tensor.layout}, expected torch.strided")
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES = {
+    "q": _FLOATING,
+    "k": _FLOATING,
+    "v": _FLOATING,
+    "key_mask": (torch.bool,),
+    "cu_seqlens": (torch.int32, torch.int64),
+}
 
 
-def _check_optional(op: str, q: Tensor, **tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is None:
+def _check_tensors(op: str, q: Tensor, **others: Tensor | None) -> None:
+    for name, tensor in (("q", q), *others.items()):
+        if tensor is None and name in ("key_mask", "cu_seqlens"):
             continue
         if not isinstance(tensor, Tensor):
             raise TypeError(f"[{op}] {name} is a {type(tensor).__name__}, expected a torch.Tensor")
         if tensor.device != q.device:
             raise RuntimeError(f"[{op}] {name} is on {tensor.device}, expected {q.device} as q")
+        if tensor.dtype not in _DTYPES[name]:
+            expected = " or ".join(str(dtype) for dtype in _DTYPES[name])
+            raise TypeError(f"[{op}] {name} has dtype {tensor.dtype}, expected {expected}")
+        if tensor.layout != torch.strided:
+            raise TypeError(f"[{op}] {name} has layout {tensor.layout}, expected torch.strided")
+
+
+def _check_scalars(op: str, scale: float, causal: bool = True) -> None:
+    if not isinstance(causal, bool):
+        raise TypeError(f"[{op}] causal is a {type(causal).__name__}, expected a bool")
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"[{op}] scale is a {type(scale).__name__}, expected a float")
 
 
 def _state_tensors(

@@ -1,481 +1,284 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bad parameters: each throws, and the message names the op, the argument, got and expected.
+// Every rejected argument: kind of the error, operation, argument, what came and what was expected.
+#include <gtest/gtest.h>
+
 #include <functional>
+#include <limits>
 
-#include "harness.h"
+#include "problem.h"
 
-using namespace latte_test;  // NOLINT(google-build-using-namespace)
-using Kind = latte::Error::Kind;
-using latte::LatentAttentionBackward;
-using latte::LatentAttentionForward;
-using latte::LatentAttentionStep;
-using latte::StateMerge;
-using latte::Tensor;
-
+namespace testing_latte {
 namespace {
 
-constexpr double kNan = NAN;
+using Kind = latte::Error::Kind;
 
-const Case kCase{.batch = 2,
-                 .heads = 4,
-                 .kv_heads = 2,
-                 .tokens = 5,
-                 .latents = 3,
-                 .dim = 6,
-                 .masked = true,
-                 .with_initial = true};
+void expect_error(Kind kind, const std::vector<std::string>& parts,
+                  const std::function<void()>& call) {
+  try {
+    call();
+    ADD_FAILURE() << "no error, expected one with '" << parts.back() << "'";
+  } catch (const latte::Error& error) {
+    EXPECT_EQ(error.kind, kind) << error.what();
+    for (const std::string& part : parts)
+      EXPECT_NE(std::string(error.what()).find(part), std::string::npos)
+          << "'" << error.what() << "' lacks '" << part << "'";
+    EXPECT_EQ(std::string(error.what()).find(parts[0]), 0u);
+  }
+}
 
 template <class Params>
-struct Bad {
-  const char* what;
-  Kind kind;
-  std::vector<std::string> words;  // all in the message, beside the op
-  std::function<void(Params&)> spoil;
+void expect_rejected(Params params, Kind kind, std::vector<std::string> parts) {
+  const char* op = std::is_same_v<Params, latte::LatentAttentionForward> ? "[latent_attention] "
+                   : std::is_same_v<Params, latte::LatentAttentionBackward>
+                       ? "[latent_attention_backward] "
+                       : "[latent_attention_step] ";
+  parts.insert(parts.begin(), op);
+  std::vector<unsigned char> memory(1 << 20);
+  expect_error(kind, parts, [&] { latte::workspace_bytes(params, 1); });
+  expect_error(kind, parts, [&] {
+    if constexpr (std::is_same_v<Params, latte::LatentAttentionForward>) {
+      latte::latent_attention_forward(params, memory.data(), 1);
+    } else if constexpr (std::is_same_v<Params, latte::LatentAttentionBackward>) {
+      latte::latent_attention_backward(params, memory.data(), 1);
+    } else {
+      latte::latent_attention_step(params, memory.data(), 1);
+    }
+  });
+}
+
+Case full_case() {
+  Case c;
+  c.batch = 2, c.heads = 4, c.kv_heads = 2, c.initial = true, c.masked = true;
+  return c;
+}
+
+class ForwardErrors : public testing::Test {
+ protected:
+  Call call_{full_case()};
+  latte::LatentAttentionForward p_ = call_.forward_params();
+  void rejected(Kind kind, std::vector<std::string> parts) { expect_rejected(p_, kind, parts); }
 };
 
-template <class Run>
-void expect_error(const char* op, const char* what, Kind kind,
-                  const std::vector<std::string>& words, Run run) {
-  INFO(what);
-  try {
-    run();
-    FAIL_CHECK("no error");
-  } catch (const latte::Error& e) {
-    const std::string message = e.what();
-    INFO(message);
-    CHECK(e.kind == kind);
-    CHECK(message.rfind("[" + std::string(op) + "] ", 0) == 0);
-    CHECK(message.find("expected") != std::string::npos);
-    for (const std::string& word : words)
-      CHECK_MESSAGE(message.find(word) != std::string::npos, word);
+TEST_F(ForwardErrors, QRank) {
+  p_.q.rank = 3;
+  rejected(Kind::value, {"q has shape (2, 4, 17)", "expected 4 dimensions"});
+}
+TEST_F(ForwardErrors, KShape) {
+  p_.k.shape[3] = 6;
+  rejected(Kind::value, {"k has shape (2, 2, 17, 6)", "expected (2, 2, 17, 5)"});
+}
+TEST_F(ForwardErrors, VShape) {
+  p_.v.shape[2] = 16;
+  rejected(Kind::value, {"v has shape (2, 2, 16, 6)", "expected (2, 2, 17, 6)"});
+}
+TEST_F(ForwardErrors, YShape) {
+  p_.y.shape[1] = 2;
+  rejected(Kind::value, {"y has shape (2, 2, 17, 6)", "expected (2, 4, 17, 6)"});
+}
+TEST_F(ForwardErrors, MaskShape) {
+  p_.key_mask.shape[1] = 16;
+  rejected(Kind::value, {"key_mask has shape (2, 16)", "expected (2, 17)"});
+}
+TEST_F(ForwardErrors, StateShape) {
+  p_.initial.norm.shape[2] = 4;
+  rejected(Kind::value, {"state.norm has shape (2, 2, 4)", "expected (2, 2, 5)"});
+}
+TEST_F(ForwardErrors, StateMissingField) {
+  p_.initial.max = {};
+  rejected(Kind::value, {"state.max has shape ()", "expected (2, 2, 5)"});
+}
+TEST_F(ForwardErrors, FinalShape) {
+  p_.final.mean.shape[3] = 7;
+  rejected(Kind::value, {"final.mean has shape (2, 2, 5, 7)", "expected (2, 2, 5, 6)"});
+}
+TEST_F(ForwardErrors, HeadsNotAMultiple) {
+  p_.k.shape[1] = p_.v.shape[1] = 3;
+  rejected(Kind::value, {"q has 4 heads", "expected a multiple of the 3 heads of k"});
+}
+TEST_F(ForwardErrors, NoLatents) {
+  p_.q.shape[3] = p_.k.shape[3] = 0;
+  rejected(Kind::value, {"0 latents", "expected at least 1"});
+}
+TEST_F(ForwardErrors, IntegerQuery) {
+  p_.q.dtype = DType::int32;
+  rejected(Kind::type, {"q has dtype int32", "expected float32 or bfloat16 or float16"});
+}
+TEST_F(ForwardErrors, MixedDouble) {
+  p_.k.dtype = DType::float64;
+  rejected(Kind::type, {"float32, float64, float32", "expected float64 for all three or for none"});
+}
+TEST_F(ForwardErrors, YType) {
+  p_.y.dtype = DType::bfloat16;
+  rejected(Kind::type, {"y has dtype bfloat16", "expected float32"});
+}
+TEST_F(ForwardErrors, MaskType) {
+  p_.key_mask.dtype = DType::int32;
+  rejected(Kind::type, {"key_mask has dtype int32", "expected bool"});
+}
+TEST_F(ForwardErrors, StateType) {
+  p_.initial.mean.dtype = DType::float16;
+  rejected(Kind::type, {"state.mean has dtype float16", "expected float32"});
+}
+TEST_F(ForwardErrors, StateWithoutCausal) {
+  p_.causal = false;
+  rejected(Kind::value, {"initial state", "expected causal=True"});
+}
+TEST_F(ForwardErrors, NoData) {
+  p_.v.data = nullptr;
+  rejected(Kind::value, {"v has no data"});
+}
+TEST_F(ForwardErrors, ExpandedOutput) {
+  p_.y.stride[2] = 0;
+  rejected(Kind::value, {"y has stride 0 in dimension 2"});
+}
+TEST_F(ForwardErrors, ExpandedFinalMax) {
+  p_.final.max.stride[1] = 0;
+  rejected(Kind::value, {"final.max has stride 0 in dimension 1"});
+}
+TEST_F(ForwardErrors, Scale) {
+  for (const double scale :
+       {std::numeric_limits<double>::infinity(), std::numeric_limits<double>::quiet_NaN()}) {
+    p_.scale = scale;
+    rejected(Kind::value, {"scale is ", "expected a finite number"});
   }
 }
-
-// workspace_bytes and the op itself must both refuse.
-template <class Params, class Op>
-void expect_errors(const char* op, const std::vector<Bad<Params>>& cases, const Params& good,
-                   Op run) {
-  Workspace workspace(1 << 20);
-  for (const auto& bad : cases) {
-    Params params = good;
-    bad.spoil(params);
-    expect_error(op, bad.what, bad.kind, bad.words, [&] { latte::workspace_bytes(params, 1); });
-    expect_error(op, bad.what, bad.kind, bad.words, [&] { run(params, workspace.data(), 1); });
-  }
-  Params params = good;
+TEST_F(ForwardErrors, Threads) {
   for (const int threads : {0, -1}) {
-    const std::vector<std::string> words = {"threads", std::to_string(threads)};
-    expect_error(op, "threads", Kind::value, words,
-                 [&] { latte::workspace_bytes(params, threads); });
-    expect_error(op, "threads", Kind::value, words,
-                 [&] { run(params, workspace.data(), threads); });
+    const std::vector<std::string> parts = {"[latent_attention] ",
+                                            "threads is " + std::to_string(threads)};
+    std::vector<unsigned char> memory(1 << 20);
+    expect_error(Kind::value, parts, [&] { latte::workspace_bytes(p_, threads); });
+    expect_error(Kind::value, parts,
+                 [&] { latte::latent_attention_forward(p_, memory.data(), threads); });
   }
-  expect_error(op, "null workspace", Kind::value, {"workspace"}, [&] { run(params, nullptr, 1); });
+}
+TEST_F(ForwardErrors, NullWorkspace) {
+  expect_error(Kind::value, {"[latent_attention] ", "workspace is null"},
+               [&] { latte::latent_attention_forward(p_, nullptr, 1); });
+}
+TEST_F(ForwardErrors, WritesNothing) {
+  p_.scale = std::nan("");
+  rejected(Kind::value, {"scale"});
+  for (const double y : call_.y.values()) EXPECT_TRUE(std::isnan(y));
 }
 
-// Cases that hold for the forward and the backward call alike.
-template <class Params>
-std::vector<Bad<Params>> bad_inputs() {
-  using P = Params;
-  static int32_t borders[] = {0, 2, 5};
-  const auto pack = [](P& p, std::vector<int32_t> values) {
-    std::copy(values.begin(), values.end(), borders);
-    p.initial = {};
-    p.q.shape[0] = p.k.shape[0] = p.v.shape[0] = 1;
-    p.key_mask = {};
-    p.cu_seqlens = {borders, DType::int32, 1, {static_cast<int64_t>(values.size())}, {1}};
+TEST(PackedErrors, Borders) {
+  struct Bad {
+    std::vector<int64_t> borders;
+    const char* message;
   };
-  return {
-      {"rank of q",
-       Kind::value,
-       {"q has shape (2, 4, 5)", "4 dimensions"},
-       [](P& p) { p.q.rank = 3; }},
-      {"rank of k",
-       Kind::value,
-       {"k has shape (2, 2)", "4 dimensions"},
-       [](P& p) { p.k.rank = 2; }},
-      {"rank of v", Kind::value, {"v has shape ()", "4 dimensions"}, [](P& p) { p.v.rank = 0; }},
-      {"batch of k",
-       Kind::value,
-       {"k has shape (3, 2, 5, 3)", "(2, 2, 5, 3)"},
-       [](P& p) { p.k.shape[0] = 3; }},
-      {"tokens of k",
-       Kind::value,
-       {"k has shape (2, 2, 4, 3)", "(2, 2, 5, 3)"},
-       [](P& p) { p.k.shape[2] = 4; }},
-      {"latents of k",
-       Kind::value,
-       {"k has shape (2, 2, 5, 9)", "(2, 2, 5, 3)"},
-       [](P& p) { p.k.shape[3] = 9; }},
-      {"batch of v",
-       Kind::value,
-       {"v has shape (1, 2, 5, 6)", "(2, 2, 5, 6)"},
-       [](P& p) { p.v.shape[0] = 1; }},
-      {"heads of v",
-       Kind::value,
-       {"v has shape (2, 4, 5, 6)", "(2, 2, 5, 6)"},
-       [](P& p) { p.v.shape[1] = 4; }},
-      {"tokens of v",
-       Kind::value,
-       {"v has shape (2, 2, 6, 6)", "(2, 2, 5, 6)"},
-       [](P& p) { p.v.shape[2] = 6; }},
-      {"heads not a multiple",
-       Kind::value,
-       {"q has 4 heads", "multiple", "3"},
-       [](P& p) { p.k.shape[1] = p.v.shape[1] = 3; }},
-      {"no heads", Kind::value, {"0 heads", "at least 1"}, [](P& p) { p.q.shape[1] = 0; }},
-      {"no key/value heads",
-       Kind::value,
-       {"0 key/value heads", "at least 1"},
-       [](P& p) { p.k.shape[1] = p.v.shape[1] = 0; }},
-      {"no latents",
-       Kind::value,
-       {"0 latents", "at least 1"},
-       [](P& p) { p.q.shape[3] = p.k.shape[3] = 0; }},
-      {"no channels", Kind::value, {"0 channels", "at least 1"}, [](P& p) { p.v.shape[3] = 0; }},
-      {"null q", Kind::value, {"q has no data"}, [](P& p) { p.q.data = nullptr; }},
-      {"null k", Kind::value, {"k has no data"}, [](P& p) { p.k.data = nullptr; }},
-      {"null v", Kind::value, {"v has no data"}, [](P& p) { p.v.data = nullptr; }},
-      {"negative size",
-       Kind::value,
-       {"-1"},
-       [](P& p) { p.q.shape[2] = p.k.shape[2] = p.v.shape[2] = -1; }},
-      {"integer q",
-       Kind::type,
-       {"q has dtype int64", "float32"},
-       [](P& p) { p.q.dtype = DType::int64; }},
-      {"boolean k",
-       Kind::type,
-       {"k has dtype bool", "bfloat16"},
-       [](P& p) { p.k.dtype = DType::boolean; }},
-      {"integer v",
-       Kind::type,
-       {"v has dtype int32", "float16"},
-       [](P& p) { p.v.dtype = DType::int32; }},
-      {"double q only",
-       Kind::type,
-       {"float64, float32, float32"},
-       [](P& p) { p.q.dtype = DType::float64; }},
-      {"double v only",
-       Kind::type,
-       {"float32, float32, float64"},
-       [](P& p) { p.v.dtype = DType::float64; }},
-      {"NaN scale", Kind::value, {"scale is", "finite"}, [](P& p) { p.scale = kNan; }},
-      {"inf scale", Kind::value, {"scale is inf", "finite"}, [](P& p) { p.scale = kInf; }},
-      {"mask dtype",
-       Kind::type,
-       {"key_mask has dtype float32", "bool"},
-       [](P& p) { p.key_mask.dtype = DType::float32; }},
-      {"mask shape",
-       Kind::value,
-       {"key_mask has shape (2, 6)", "(2, 5)"},
-       [](P& p) { p.key_mask.shape[1] = 6; }},
-      {"mask rank",
-       Kind::value,
-       {"key_mask has shape (2,)", "(2, 5)"},
-       [](P& p) { p.key_mask.rank = 1; }},
-      {"borders dtype",
-       Kind::type,
-       {"cu_seqlens has dtype float32", "int32 or int64"},
-       [pack](P& p) {
-         pack(p, {0, 2, 5});
-         p.cu_seqlens.dtype = DType::float32;
-       }},
-      {"borders rank",
-       Kind::value,
-       {"cu_seqlens has shape (3, 1)", "1 dimension"},
-       [pack](P& p) {
-         pack(p, {0, 2, 5});
-         p.cu_seqlens.rank = 2;
-         p.cu_seqlens.shape[1] = 1;
-       }},
-      {"no borders", Kind::value, {"cu_seqlens has 0 elements"}, [pack](P& p) { pack(p, {}); }},
-      {"packed batch",
-       Kind::value,
-       {"batch 2", "expected 1"},
-       [pack](P& p) {
-         pack(p, {0, 2, 5});
-         p.q.shape[0] = p.k.shape[0] = p.v.shape[0] = 2;
-       }},
-      {"first border",
-       Kind::value,
-       {"cu_seqlens[0] is 1", "expected 0"},
-       [pack](P& p) { pack(p, {1, 2, 5}); }},
-      {"falling borders",
-       Kind::value,
-       {"cu_seqlens[2] is 1", "at least 2"},
-       [pack](P& p) { pack(p, {0, 2, 1}); }},
-      {"last border",
-       Kind::value,
-       {"cu_seqlens", "4", "expected 5"},
-       [pack](P& p) { pack(p, {0, 2, 4}); }},
-      {"border past the end",
-       Kind::value,
-       {"cu_seqlens", "9", "expected 5"},
-       [pack](P& p) { pack(p, {0, 2, 9}); }},
-      {"state in both directions",
-       Kind::value,
-       {"state", "causal"},
-       [](P& p) { p.causal = false; }},
-      {"state sequences",
-       Kind::value,
-       {"state.max has shape (3, 2, 3)", "(2, 2, 3)"},
-       [](P& p) { p.initial.max.shape[0] = 3; }},
-      {"state latents",
-       Kind::value,
-       {"state.norm has shape (2, 2, 4)", "(2, 2, 3)"},
-       [](P& p) { p.initial.norm.shape[2] = 4; }},
-      {"state channels",
-       Kind::value,
-       {"state.mean has shape (2, 2, 3, 5)", "(2, 2, 3, 6)"},
-       [](P& p) { p.initial.mean.shape[3] = 5; }},
-      {"half a state",
-       Kind::value,
-       {"state.norm has shape ()", "(2, 2, 3)"},
-       [](P& p) { p.initial.norm = {}; }},
-      {"state dtype",
-       Kind::type,
-       {"state.mean has dtype bfloat16", "float32"},
-       [](P& p) { p.initial.mean.dtype = DType::bfloat16; }},
-  };
+  for (const DType dtype : {DType::int32, DType::int64})
+    for (const Bad& bad : {Bad{{1, 17}, "cu_seqlens[0] is 1, expected 0"},
+                           Bad{{0, 9, 8, 17}, "cu_seqlens[2] is 8, expected at least 9"},
+                           Bad{{0, 9, 16}, "cu_seqlens ends at 16, expected 17"},
+                           Bad{{0, -1, 17}, "cu_seqlens[1] is -1, expected at least 0"}}) {
+      Case c;
+      c.borders = {0, 9, 17};
+      Call call(c);
+      auto params = call.forward_params();
+      Array borders(dtype, {static_cast<int64_t>(bad.borders.size())});
+      for (int64_t i = 0; i < borders.size(); ++i)
+        borders.set(i, static_cast<double>(bad.borders[i]));
+      params.cu_seqlens = borders.tensor();
+      params.final = {};
+      expect_rejected(params, Kind::value, {bad.message});
+    }
+}
+
+TEST(PackedErrors, BatchRankAndType) {
+  Case c;
+  c.batch = 2;
+  Call call(c);
+  auto params = call.forward_params();
+  Array borders(DType::int64, {2}), square(DType::int64, {1, 2}), floats(DType::float32, {2});
+  borders.set(0, 0), borders.set(1, 17);
+  params.cu_seqlens = borders.tensor();
+  expect_rejected(params, Kind::value, {"q has batch 2", "expected 1 with cu_seqlens"});
+  params.cu_seqlens = square.tensor();
+  expect_rejected(params, Kind::value, {"cu_seqlens has shape (1, 2)", "expected 1 dimension"});
+  params.cu_seqlens = floats.tensor();
+  expect_rejected(params, Kind::type, {"cu_seqlens has dtype float32", "expected int32 or int64"});
+}
+
+class BackwardErrors : public testing::Test {
+ protected:
+  Call call_{full_case()};
+  latte::LatentAttentionBackward p_ = call_.backward_params();
+  void rejected(Kind kind, std::vector<std::string> parts) { expect_rejected(p_, kind, parts); }
+};
+
+TEST_F(BackwardErrors, Shapes) {
+  p_.dy.shape[3] = 5;
+  rejected(Kind::value, {"dy has shape (2, 4, 17, 5)", "expected (2, 4, 17, 6)"});
+  p_ = call_.backward_params();
+  p_.dk.shape[1] = 4;
+  rejected(Kind::value, {"dk has shape (2, 4, 17, 5)", "expected (2, 2, 17, 5)"});
+  p_ = call_.backward_params();
+  p_.d_final.mean.shape[0] = 1;
+  rejected(Kind::value, {"d_final.mean has shape (1, 2, 5, 6)", "expected (2, 2, 5, 6)"});
+  p_ = call_.backward_params();
+  p_.d_initial.norm = {};
+  rejected(Kind::value, {"d_initial.norm has shape ()", "expected (2, 2, 5)"});
+}
+TEST_F(BackwardErrors, Types) {
+  p_.dv.dtype = DType::float16;
+  rejected(Kind::type, {"dv has dtype float16", "expected float32"});
+}
+TEST_F(BackwardErrors, ExpandedGradients) {
+  p_.dq.stride[0] = 0;
+  rejected(Kind::value, {"dq has stride 0 in dimension 0"});
+  p_ = call_.backward_params();
+  p_.d_initial.mean.stride[3] = 0;
+  rejected(Kind::value, {"d_initial.mean has stride 0 in dimension 3"});
+}
+TEST_F(BackwardErrors, DInitialWithoutInitial) {
+  p_.initial = {};
+  rejected(Kind::value, {"d_initial without an initial state"});
+}
+
+TEST(StepErrors, Arguments) {
+  StateArrays state(DType::float32, 2, 1, 5, 6);
+  Array q(DType::float32, {2, 2, 5}), k(DType::float32, {2, 1, 5}), v(DType::float32, {2, 1, 6}),
+      y(DType::float32, {2, 2, 6});
+  latte::LatentAttentionStep good;
+  good.q = q.tensor(), good.k = k.tensor(), good.v = v.tensor(), good.y = y.tensor();
+  good.state = state.state();
+  auto p = good;
+  p.q.rank = 4;
+  expect_rejected(p, Kind::value, {"q has shape", "expected 3 dimensions"});
+  p = good;
+  p.k.shape[2] = 4;
+  expect_rejected(p, Kind::value, {"k has shape (2, 1, 4)", "expected (2, 1, 5)"});
+  p = good;
+  p.state = {};
+  expect_rejected(p, Kind::value, {"state.max has shape ()", "expected (2, 1, 5)"});
+  p = good;
+  p.state.mean.stride[0] = 0;
+  expect_rejected(p, Kind::value, {"state.mean has stride 0 in dimension 0"});
+  p = good;
+  p.y.dtype = DType::float64;
+  expect_rejected(p, Kind::type, {"y has dtype float64", "expected float32"});
+}
+
+TEST(MergeErrors, Arguments) {
+  StateArrays a(DType::float32, 2, 1, 5, 6), b(DType::float32, 2, 1, 5, 7),
+      c(DType::float64, 2, 1, 5, 6);
+  expect_error(Kind::value,
+               {"[state_merge] ", "b.mean has shape (2, 1, 5, 7)", "expected (2, 1, 5, 6)"},
+               [&] { latte::state_merge({a.state(), b.state(), a.state()}); });
+  expect_error(Kind::type, {"[state_merge] ", "b.max has dtype float64", "expected float32"},
+               [&] { latte::state_merge({a.state(), c.state(), a.state()}); });
+  expect_error(Kind::value, {"[state_merge] ", "a.mean has shape ()", "expected 4 dimensions"},
+               [&] { latte::state_merge({{}, a.state(), a.state()}); });
+}
+
+TEST(Library, DescribesItself) {
+  EXPECT_STRNE(latte::version(), "");
+  EXPECT_FALSE(latte::cuda_built());
+  if (const char* wanted = std::getenv("LATTE_CPU_ISA")) {
+    EXPECT_STREQ(latte::cpu_isa(), wanted);
+  }
 }
 
 }  // namespace
-
-TEST_SUITE_BEGIN("errors");
-
-TEST_CASE("forward") {
-  Call call(make_problem(kCase), kCase);
-  using P = LatentAttentionForward;
-  auto cases = bad_inputs<P>();
-  const std::vector<Bad<P>> more = {
-      {"y shape",
-       Kind::value,
-       {"y has shape (2, 2, 5, 6)", "(2, 4, 5, 6)"},
-       [](P& p) { p.y.shape[1] = 2; }},
-      {"y dtype",
-       Kind::type,
-       {"y has dtype float64", "float32"},
-       [](P& p) { p.y.dtype = DType::float64; }},
-      {"null y", Kind::value, {"y has no data"}, [](P& p) { p.y.data = nullptr; }},
-      {"expanded y",
-       Kind::value,
-       {"y has stride 0", "dimension 2"},
-       [](P& p) { p.y.stride[2] = 0; }},
-      {"final shape",
-       Kind::value,
-       {"final.mean has shape (2, 2, 3, 7)", "(2, 2, 3, 6)"},
-       [](P& p) { p.final.mean.shape[3] = 7; }},
-      {"final dtype",
-       Kind::type,
-       {"final.max has dtype float64", "float32"},
-       [](P& p) { p.final.max.dtype = DType::float64; }},
-      {"half a final state",
-       Kind::value,
-       {"final.max has shape ()"},
-       [](P& p) { p.final.max = {}; }},
-      {"expanded final.mean",
-       Kind::value,
-       {"final.mean has stride 0"},
-       [](P& p) { p.final.mean.stride[1] = 0; }},
-      {"expanded final.max",
-       Kind::value,
-       {"final.max has stride 0"},
-       [](P& p) { p.final.max.stride[1] = 0; }},
-      {"expanded final.norm",
-       Kind::value,
-       {"final.norm has stride 0"},
-       [](P& p) { p.final.norm.stride[0] = 0; }},
-  };
-  cases.insert(cases.end(), more.begin(), more.end());
-  expect_errors("latent_attention", cases, call.forward, latte::latent_attention_forward);
-}
-
-TEST_CASE("backward") {
-  Call call(make_problem(kCase), kCase);
-  using P = LatentAttentionBackward;
-  auto cases = bad_inputs<P>();
-  const std::vector<Bad<P>> more = {
-      {"dy shape",
-       Kind::value,
-       {"dy has shape (2, 4, 5, 5)", "(2, 4, 5, 6)"},
-       [](P& p) { p.dy.shape[3] = 5; }},
-      {"dy dtype",
-       Kind::type,
-       {"dy has dtype float16", "float32"},
-       [](P& p) { p.dy.dtype = DType::float16; }},
-      {"null dy", Kind::value, {"dy has no data"}, [](P& p) { p.dy.data = nullptr; }},
-      {"dq shape",
-       Kind::value,
-       {"dq has shape (2, 4, 5, 4)", "(2, 4, 5, 3)"},
-       [](P& p) { p.dq.shape[3] = 4; }},
-      {"dk shape",
-       Kind::value,
-       {"dk has shape (2, 4, 5, 3)", "(2, 2, 5, 3)"},
-       [](P& p) { p.dk.shape[1] = 4; }},
-      {"dv dtype",
-       Kind::type,
-       {"dv has dtype bfloat16", "float32"},
-       [](P& p) { p.dv.dtype = DType::bfloat16; }},
-      {"null dv", Kind::value, {"dv has no data"}, [](P& p) { p.dv.data = nullptr; }},
-      {"expanded dk",
-       Kind::value,
-       {"dk has stride 0", "dimension 0"},
-       [](P& p) { p.dk.stride[0] = 0; }},
-      {"d_final shape",
-       Kind::value,
-       {"d_final.norm has shape (2, 1, 3)", "(2, 2, 3)"},
-       [](P& p) { p.d_final.norm.shape[1] = 1; }},
-      {"d_final dtype",
-       Kind::type,
-       {"d_final.mean has dtype float64", "float32"},
-       [](P& p) { p.d_final.mean.dtype = DType::float64; }},
-      {"half a d_final",
-       Kind::value,
-       {"d_final.mean has shape ()"},
-       [](P& p) { p.d_final.mean = {}; }},
-      {"d_initial without initial",
-       Kind::value,
-       {"d_initial", "initial state"},
-       [](P& p) { p.initial = {}; }},
-      {"d_initial shape",
-       Kind::value,
-       {"d_initial.mean has shape (2, 2, 1, 6)", "(2, 2, 3, 6)"},
-       [](P& p) { p.d_initial.mean.shape[2] = 1; }},
-      {"expanded d_initial.mean",
-       Kind::value,
-       {"d_initial.mean has stride 0"},
-       [](P& p) { p.d_initial.mean.stride[3] = 0; }},
-      {"expanded d_initial.norm",
-       Kind::value,
-       {"d_initial.norm has stride 0"},
-       [](P& p) { p.d_initial.norm.stride[2] = 0; }},
-  };
-  cases.insert(cases.end(), more.begin(), more.end());
-  expect_errors("latent_attention_backward", cases, call.backward,
-                latte::latent_attention_backward);
-}
-
-TEST_CASE("step") {
-  Buffer q(DType::float32, {2, 4, 3}), k(DType::float32, {2, 2, 3}), v(DType::float32, {2, 2, 6});
-  Buffer y(DType::float32, {2, 4, 6});
-  StateBuffers state(DType::float32, 2, 2, 3, 6, Layout::contiguous);
-  const LatentAttentionStep good{q.tensor(), k.tensor(), v.tensor(), state.state(), y.tensor()};
-  using P = LatentAttentionStep;
-  const std::vector<Bad<P>> cases = {
-      {"rank of q",
-       Kind::value,
-       {"q has shape (2, 4)", "3 dimensions"},
-       [](P& p) { p.q.rank = 2; }},
-      {"rank of k",
-       Kind::value,
-       {"k has shape (2, 2, 3, 0)", "3 dimensions"},
-       [](P& p) { p.k.rank = 4; }},
-      {"rank of v", Kind::value, {"v has shape (2,)", "3 dimensions"}, [](P& p) { p.v.rank = 1; }},
-      {"latents of k",
-       Kind::value,
-       {"k has shape (2, 2, 4)", "(2, 2, 3)"},
-       [](P& p) { p.k.shape[2] = 4; }},
-      {"sequences of v",
-       Kind::value,
-       {"v has shape (1, 2, 6)", "(2, 2, 6)"},
-       [](P& p) { p.v.shape[0] = 1; }},
-      {"heads not a multiple",
-       Kind::value,
-       {"q has 3 heads", "multiple"},
-       [](P& p) { p.q.shape[1] = 3; }},
-      {"no channels", Kind::value, {"0 channels"}, [](P& p) { p.v.shape[2] = 0; }},
-      {"integer q", Kind::type, {"q has dtype int32"}, [](P& p) { p.q.dtype = DType::int32; }},
-      {"double k only",
-       Kind::type,
-       {"float32, float64, float32"},
-       [](P& p) { p.k.dtype = DType::float64; }},
-      {"null q", Kind::value, {"q has no data"}, [](P& p) { p.q.data = nullptr; }},
-      {"NaN scale", Kind::value, {"scale"}, [](P& p) { p.scale = kNan; }},
-      {"y shape",
-       Kind::value,
-       {"y has shape (2, 4, 5)", "(2, 4, 6)"},
-       [](P& p) { p.y.shape[2] = 5; }},
-      {"y dtype", Kind::type, {"y has dtype float16"}, [](P& p) { p.y.dtype = DType::float16; }},
-      {"expanded y", Kind::value, {"y has stride 0"}, [](P& p) { p.y.stride[0] = 0; }},
-      {"no state", Kind::value, {"state.max has shape ()"}, [](P& p) { p.state = {}; }},
-      {"state shape",
-       Kind::value,
-       {"state.mean has shape (2, 2, 3, 3)", "(2, 2, 3, 6)"},
-       [](P& p) { p.state.mean.shape[3] = 3; }},
-      {"state dtype",
-       Kind::type,
-       {"state.norm has dtype float64", "float32"},
-       [](P& p) { p.state.norm.dtype = DType::float64; }},
-      {"expanded state.max",
-       Kind::value,
-       {"state.max has stride 0"},
-       [](P& p) { p.state.max.stride[2] = 0; }},
-      {"expanded state.mean",
-       Kind::value,
-       {"state.mean has stride 0"},
-       [](P& p) { p.state.mean.stride[0] = 0; }},
-  };
-  expect_errors("latent_attention_step", cases, good, latte::latent_attention_step);
-}
-
-TEST_CASE("merge") {
-  StateBuffers a(DType::float32, 2, 2, 3, 6, Layout::contiguous), b = a, out = a;
-  const StateMerge good{a.state(), b.state(), out.state()};
-  using P = StateMerge;
-  const std::vector<Bad<P>> cases = {
-      {"rank",
-       Kind::value,
-       {"a.mean has shape (2, 2, 3)", "4 dimensions"},
-       [](P& p) { p.a.mean.rank = 3; }},
-      {"no state", Kind::value, {"a.mean has shape ()"}, [](P& p) { p.a = {}; }},
-      {"dtype",
-       Kind::type,
-       {"a.mean has dtype float16", "float32 or float64"},
-       [](P& p) { p.a.mean.dtype = DType::float16; }},
-      {"a.max",
-       Kind::value,
-       {"a.max has shape (2, 2, 4)", "(2, 2, 3)"},
-       [](P& p) { p.a.max.shape[2] = 4; }},
-      {"b.mean",
-       Kind::value,
-       {"b.mean has shape (2, 2, 3, 5)", "(2, 2, 3, 6)"},
-       [](P& p) { p.b.mean.shape[3] = 5; }},
-      {"b dtype",
-       Kind::type,
-       {"b.norm has dtype float64", "float32"},
-       [](P& p) { p.b.norm.dtype = DType::float64; }},
-      {"out.norm",
-       Kind::value,
-       {"out.norm has shape (1, 2, 3)", "(2, 2, 3)"},
-       [](P& p) { p.out.norm.shape[0] = 1; }},
-      {"null out.max",
-       Kind::value,
-       {"out.max has no data"},
-       [](P& p) { p.out.max.data = nullptr; }},
-      {"expanded out",
-       Kind::value,
-       {"out.mean has stride 0"},
-       [](P& p) { p.out.mean.stride[3] = 0; }},
-  };
-  for (const auto& bad : cases) {
-    P params = good;
-    bad.spoil(params);
-    expect_error("state_merge", bad.what, bad.kind, bad.words, [&] { latte::state_merge(params); });
-  }
-}
-
-TEST_CASE("nothing is written when a call is refused") {
-  Call call(make_problem(kCase), kCase);
-  call.forward.scale = kNan;
-  call.backward.scale = kNan;
-  Workspace workspace(1 << 20);
-  CHECK_THROWS_AS(latte::latent_attention_forward(call.forward, workspace.data(), 1), latte::Error);
-  CHECK_THROWS_AS(latte::latent_attention_backward(call.backward, workspace.data(), 1),
-                  latte::Error);
-  const Outputs o = call.outputs();
-  for (const Doubles* x : {&o.y, &o.final_mean, &o.dq, &o.dk, &o.dv, &o.d_initial_mean})
-    for (const double value : *x) CHECK(std::isnan(value));
-}
-
-TEST_SUITE_END();
+}  // namespace testing_latte

@@ -1,293 +1,244 @@
 // SPDX-License-Identifier: Apache-2.0
-// The state: step by step equals at once, split equals whole, and the algebra of the merge.
-#include <cstdlib>
-#include <cstring>
+// The state: decoding, merge algebra, and what must not change a result.
+#include <gtest/gtest.h>
 
-#include "harness.h"
+#include "problem.h"
 
-using namespace latte_test;  // NOLINT(google-build-using-namespace)
-
+namespace testing_latte {
 namespace {
 
-constexpr DType kDTypes[] = {DType::float32, DType::float64, DType::bfloat16, DType::float16};
-
-reference::State empty_state(int64_t n, int64_t heads, int64_t latents, int64_t dim) {
-  const int64_t states = n * heads * latents;
-  return {Doubles(states, -kInf), Doubles(states, 0.0), Doubles(states * dim, 0.0)};
+void expect_same_state(const StateArrays& a, const StateArrays& b, double factor = 60) {
+  const DType t = a.mean.dtype();
+  expect_close("max", a.max.values(), b.max.values(), t, t, 0);
+  expect_close("norm", a.norm.values(), b.norm.values(), t, t, factor);
+  expect_close("mean", a.mean.values(), b.mean.values(), t, t, factor);
 }
 
-reference::State values_of(const StateBuffers& s) {
-  return {s.max.values(), s.norm.values(), s.mean.values()};
+StateArrays like(const StateArrays& s, Layout layout = Layout::contiguous) {
+  const int64_t* shape = s.mean.tensor().shape;
+  return StateArrays(s.mean.dtype(), shape[0], shape[1], shape[2], shape[3], layout);
 }
 
-// Column t of a (B,H,T,C) array.
-Doubles token(const Doubles& x, int64_t rows, int64_t tokens, int64_t width, int64_t t) {
-  Doubles out;
-  for (int64_t r = 0; r < rows; ++r) {
-    const auto at = x.begin() + (r * tokens + t) * width;
-    out.insert(out.end(), at, at + width);
-  }
+StateArrays copy_of(const StateArrays& s) {
+  StateArrays copy = like(s);
+  copy.copy_from(s);
+  return copy;
+}
+
+void set_empty(StateArrays& s) {
+  for (int64_t i = 0; i < s.max.size(); ++i) s.max.set(i, -kInfinity), s.norm.set(i, 0);
+  for (int64_t i = 0; i < s.mean.size(); ++i) s.mean.set(i, 0);
+}
+
+StateArrays merged(const StateArrays& a, const StateArrays& b, Layout layout = Layout::contiguous) {
+  StateArrays out = like(a, layout);
+  latte::state_merge({a.state(), b.state(), out.state()});
+  EXPECT_TRUE(out.intact());
   return out;
 }
 
-void check_steps(const Case& c) {
-  const Problem p = make_problem(c);
-  const Solution expected = reference::solve(p);
-  Buffer q(c.q, {p.batch, p.heads, p.latents}, c.layout);
-  Buffer k(c.k, {p.batch, p.kv_heads, p.latents}, c.layout);
-  Buffer v(c.v, {p.batch, p.kv_heads, p.dim}, c.layout);
-  StateBuffers state(c.compute(), p.batch, p.kv_heads, p.latents, p.dim, c.layout);
-  state.fill(p.initial ? *p.initial : empty_state(p.batch, p.kv_heads, p.latents, p.dim));
-  Doubles y(expected.y.size());
-  for (int64_t t = 0; t < p.tokens; ++t) {
-    q.fill(token(p.q, p.batch * p.heads, p.tokens, p.latents, t));
-    k.fill(token(p.k, p.batch * p.kv_heads, p.tokens, p.latents, t));
-    v.fill(token(p.v, p.batch * p.kv_heads, p.tokens, p.dim, t));
-    Buffer row(c.v, {p.batch, p.heads, p.dim}, c.layout);
-    const latte::LatentAttentionStep step{q.tensor(),    k.tensor(),   v.tensor(),
-                                          state.state(), row.tensor(), p.scale};
-    Workspace workspace(latte::workspace_bytes(step, c.threads), t);
-    latte::latent_attention_step(step, workspace.data(), c.threads);
-    REQUIRE_MESSAGE(workspace.outside_is_untouched(), c.text());
-    REQUIRE_MESSAGE(row.outside_is_untouched(), c.text());
-    REQUIRE_MESSAGE(state.outside_is_untouched(), c.text());
-    REQUIRE_MESSAGE((q.is_as_filled() && k.is_as_filled() && v.is_as_filled()), c.text());
-    const Doubles got = row.values();
-    for (int64_t r = 0; r < p.batch * p.heads; ++r)
-      for (int64_t d = 0; d < p.dim; ++d) y[(r * p.tokens + t) * p.dim + d] = got[r * p.dim + d];
+std::vector<unsigned char> bytes_of(const StateArrays& s) {
+  std::vector<unsigned char> all;
+  for (const Array* a : {&s.max, &s.norm, &s.mean}) {
+    const auto bytes = a->bytes();
+    all.insert(all.end(), bytes.begin(), bytes.end());
   }
-  // Rounding errors add up over the steps.
-  const double tolerance = tolerance_of(c) * (1 + static_cast<double>(p.tokens) / 50);
-  compare("y of steps", y, expected.y, c.v, tolerance, c.text());
-  const reference::State got = values_of(state);
-  CHECK_MESSAGE(got.max == expected.final_max, c.text());
-  compare("norm after steps", got.norm, expected.final_norm, c.compute(), tolerance, c.text());
-  compare("mean after steps", got.mean, expected.final_mean, c.compute(), tolerance, c.text());
+  return all;
 }
 
-// The state of tokens [first, first + count) of p, computed by the library.
-reference::State state_of(const Problem& p, const Case& c, int64_t first, int64_t count) {
-  Problem part = p;
-  part.cu_seqlens = {0, first, first + count, p.tokens};
-  part.d_final.reset();
-  part.initial.reset();
-  Case packed = c;
-  packed.with_initial = packed.with_d_final = false;
-  Call call(part, packed);
-  call.run_forward(1);
-  const Outputs o = call.outputs();
-  const int64_t states = p.kv_heads * p.latents;
-  const auto middle = [](const Doubles& x, int64_t n) {
-    return Doubles(x.begin() + n, x.begin() + 2 * n);
+// Feeds a causal call token by token.
+void check_steps(const Case& c, Layout layout) {
+  SCOPED_TRACE(c.text());
+  Call whole(c);
+  whole.forward();
+  StateArrays state = like(whole.final, layout);
+  if (c.initial) {
+    state.copy_from(whole.initial);
+  } else {
+    set_empty(state);
+  }
+  const auto token = [&](const Array& a, int64_t heads, int64_t t, Array& out) {
+    const int64_t width = a.tensor().shape[3];
+    for (int64_t row = 0; row < c.batch * heads; ++row)
+      for (int64_t i = 0; i < width; ++i)
+        out.set(row * width + i, a.get((row * c.tokens + t) * width + i));
   };
-  return {middle(o.final_max, states), middle(o.final_norm, states),
-          middle(o.final_mean, states * p.dim)};
+  for (int64_t t = 0; t < c.tokens; ++t) {
+    Array q(c.q_type, {c.batch, c.heads, c.latents}, layout);
+    Array k(c.k_type, {c.batch, c.kv_heads, c.latents}, layout);
+    Array v(c.v_type, {c.batch, c.kv_heads, c.dim}, layout);
+    Array y(c.v_type, {c.batch, c.heads, c.dim}, layout);
+    Array expected(c.v_type, {c.batch, c.heads, c.dim});
+    token(whole.q, c.heads, t, q);
+    token(whole.k, c.kv_heads, t, k);
+    token(whole.v, c.kv_heads, t, v);
+    token(whole.y, c.heads, t, expected);
+    latte::LatentAttentionStep step;
+    step.q = q.tensor(), step.k = k.tensor(), step.v = v.tensor(), step.y = y.tensor();
+    step.state = state.state(), step.scale = c.scale;
+    run(step, c.threads);
+    EXPECT_TRUE(y.intact() && state.intact());
+    // Both sides are rounded to the type of y.
+    expect_close("y", y.values(), expected.values(), c.v_type, c.compute_type(),
+                 60 + 2 * unit_roundoff(c.v_type) / unit_roundoff(c.compute_type()));
+  }
+  expect_same_state(state, whole.final);
 }
 
-// merge in the library: into a third state, or into a or b.
-enum class Into { fresh, a, b };
-reference::State merge(const reference::State& a, const reference::State& b, const Case& c,
-                       Into into = Into::fresh) {
-  const int64_t n = c.batch, h = c.kv_heads;
-  StateBuffers x(c.compute(), n, h, c.latents, c.dim, c.layout);
-  StateBuffers y(c.compute(), n, h, c.latents, c.dim, Layout::contiguous);
-  StateBuffers fresh(c.compute(), n, h, c.latents, c.dim, c.layout);
-  x.fill(a);
-  y.fill(b);
-  StateBuffers& out = into == Into::a ? x : into == Into::b ? y : fresh;
-  latte::state_merge({x.state(), y.state(), out.state()});
-  CHECK((x.outside_is_untouched() && y.outside_is_untouched() && out.outside_is_untouched()));
-  if (into != Into::a) CHECK(x.is_as_filled());
-  if (into != Into::b) CHECK(y.is_as_filled());
-  return values_of(out);
+TEST(Step, EqualsForward) {
+  int i = 0;
+  for (const int64_t latents : {1, 8, 10, 33})
+    for (const int64_t dim : {1, 7, 16, 65})
+      for (const Keys keys : {Keys::normal, Keys::rising, Keys::jumps, Keys::infinite}) {
+        Case c;
+        c.batch = 2, c.heads = 4, c.kv_heads = i % 3 ? 2 : 4, c.tokens = 19;
+        c.latents = latents, c.dim = dim, c.keys = keys, c.initial = i % 2;
+        c.scale = i % 5 ? 1 : 0.5, c.threads = 1 + i % 2;
+        c.set_type(kTypes[i % 4]);
+        check_steps(c, static_cast<Layout>(i++ % 6));
+      }
 }
 
-void check_same(const reference::State& got, const reference::State& expected, double tolerance) {
-  CHECK(got.max == expected.max);
-  REQUIRE(got.norm.size() == expected.norm.size());
-  REQUIRE(got.mean.size() == expected.mean.size());
-  double worst = 0;
-  for (size_t i = 0; i < got.norm.size(); ++i)
-    worst = std::max(worst, std::fabs(got.norm[i] - expected.norm[i]) / (expected.norm[i] + 1));
-  for (size_t i = 0; i < got.mean.size(); ++i)
-    worst = std::max(worst, std::fabs(got.mean[i] - expected.mean[i]) / 4);
-  CHECK(worst < tolerance);
+TEST(Merge, IsAssociativeAndCommutativeWithIdentity) {
+  for (const DType dtype : {DType::float32, DType::float64})
+    for (const Keys keys : {Keys::normal, Keys::jumps, Keys::infinite}) {
+      std::vector<StateArrays> parts;
+      for (unsigned seed = 1; seed <= 3; ++seed) {
+        Case c;
+        c.batch = 2, c.heads = c.kv_heads = 2, c.tokens = 5, c.latents = 7, c.dim = 9;
+        c.keys = keys, c.seed = seed;
+        c.set_type(dtype);
+        Call call(c);
+        call.forward();
+        parts.push_back(copy_of(call.final));
+      }
+      const StateArrays &a = parts[0], &b = parts[1], &c = parts[2];
+      expect_same_state(merged(merged(a, b), c), merged(a, merged(b, c)), 8);
+      expect_same_state(merged(a, b), merged(b, a), 8);
+      StateArrays empty = like(a);
+      set_empty(empty);
+      EXPECT_EQ(bytes_of(merged(a, empty)), bytes_of(a));
+      EXPECT_EQ(bytes_of(merged(empty, a)), bytes_of(a));
+      EXPECT_EQ(bytes_of(merged(empty, empty)), bytes_of(empty));
+
+      const auto expected = bytes_of(merged(a, b));
+      for (int layout = 1; layout < 6; ++layout)
+        EXPECT_EQ(bytes_of(merged(a, b, static_cast<Layout>(layout))), expected);
+      const StateArrays left = copy_of(a), right = copy_of(b);
+      latte::state_merge({left.state(), b.state(), left.state()});
+      EXPECT_EQ(bytes_of(left), expected);
+      latte::state_merge({a.state(), right.state(), right.state()});
+      EXPECT_EQ(bytes_of(right), expected);
+    }
+}
+
+// A call on tokens [from, to) of `whole`, with the same data.
+Call part_of(const Call& whole, int64_t from, int64_t to, bool initial) {
+  Case c = whole.c;
+  c.tokens = to - from, c.initial = initial;
+  Call part(c);
+  const auto cut = [&](const Array& source, Array& target) {
+    const int64_t width = target.tensor().shape[3];
+    for (int64_t i = 0; i < target.size(); ++i) {
+      const int64_t row = i / width;
+      target.set(i, source.get((row / c.tokens * whole.c.tokens + from + row % c.tokens) * width +
+                               i % width));
+    }
+  };
+  cut(whole.q, part.q), cut(whole.k, part.k), cut(whole.v, part.v);
+  return part;
+}
+
+TEST(State, SplitAnywhere) {
+  for (const Keys keys : {Keys::normal, Keys::rising, Keys::jumps, Keys::infinite})
+    for (const DType dtype : {DType::float32, DType::float64})
+      for (const int64_t at : {0, 1, 40, 63, 64, 65, 100}) {
+        Case c;
+        c.batch = 2, c.heads = c.kv_heads = 2, c.tokens = 100, c.latents = 10, c.dim = 17;
+        c.keys = keys;
+        c.set_type(dtype);
+        SCOPED_TRACE(c.text() + " split at " + std::to_string(at));
+        Call whole(c);
+        whole.forward();
+        Call head = part_of(whole, 0, at, false), tail = part_of(whole, at, c.tokens, true),
+             alone = part_of(whole, at, c.tokens, false);
+        head.forward();
+        tail.initial.copy_from(head.final);
+        tail.forward();
+        alone.forward();
+        expect_same_state(tail.final, whole.final);
+        expect_same_state(merged(head.final, alone.final), whole.final);
+        for (int64_t n = 0; n < c.batch; ++n)
+          for (int64_t h = 0; h < c.heads; ++h) {
+            std::vector<double> joined = head.rows(head.y, n, h, c.heads);
+            for (const double y : tail.rows(tail.y, n, h, c.heads)) joined.push_back(y);
+            expect_close("y", joined, whole.rows(whole.y, n, h, c.heads), dtype, dtype, 60);
+          }
+      }
+}
+
+// y, the state and the gradients of one sequence, from a call that may hold several.
+std::vector<std::vector<double>> results(const Call& call, int64_t n) {
+  std::vector<std::vector<double>> all;
+  for (int64_t h = 0; h < call.c.kv_heads; ++h) {
+    all.push_back(call.rows(call.y, n, h, call.c.heads));
+    all.push_back(call.rows(call.dq, n, h, call.c.heads));
+    all.push_back(call.rows(call.dk, n, h, call.c.kv_heads));
+    all.push_back(call.rows(call.dv, n, h, call.c.kv_heads));
+    for (const Array* a : {&call.final.max, &call.final.norm, &call.final.mean})
+      all.push_back(call.slice(*a, n, h));
+  }
+  return all;
+}
+
+// Copies sequence n of `source` into the only sequence of `target`.
+void take_sequence(const Call& source, int64_t n, Call& target) {
+  const auto take = [&](const Array& from, Array& to, int64_t heads) {
+    std::vector<double> rows;
+    for (int64_t h = 0; h < source.c.kv_heads; ++h)
+      for (const double x : source.rows(from, n, h, heads)) rows.push_back(x);
+    for (int64_t i = 0; i < to.size(); ++i) to.set(i, rows[i]);
+  };
+  take(source.q, target.q, source.c.heads);
+  take(source.k, target.k, source.c.kv_heads);
+  take(source.v, target.v, source.c.kv_heads);
+  take(source.dy, target.dy, source.c.heads);
+  const auto take_slices = [&](const Array& from, Array& to) {
+    const int64_t count = to.size();
+    for (int64_t i = 0; i < count; ++i) to.set(i, from.get(n * count + i));
+  };
+  take_slices(source.d_final.norm, target.d_final.norm);
+  take_slices(source.d_final.mean, target.d_final.mean);
+}
+
+TEST(State, PackedAndBatchedEqualAlone) {
+  for (const DType dtype : kTypes)
+    for (const bool causal : {true, false})
+      for (const bool packed : {true, false}) {
+        Case c;
+        c.heads = 4, c.kv_heads = 2, c.latents = 10, c.dim = 9, c.causal = causal;
+        c.set_type(dtype);
+        if (packed) {
+          c.borders = {0, 3, 3, 70, 134, 200};
+          c.tokens = 200;
+        } else {
+          c.batch = 3, c.tokens = 67;
+        }
+        SCOPED_TRACE(c.text());
+        Call together(c);
+        together.forward(), together.backward();
+        for (int64_t n = 0; n < c.sequences(); ++n) {
+          Case single = c;
+          single.batch = 1;
+          single.tokens = packed ? c.borders[n + 1] - c.borders[n] : c.tokens;
+          single.borders.clear();
+          Call alone(single);
+          take_sequence(together, n, alone);
+          alone.forward(), alone.backward();
+          EXPECT_EQ(results(together, n), results(alone, 0)) << "sequence " << n;
+        }
+      }
 }
 
 }  // namespace
-
-TEST_SUITE_BEGIN("state");
-
-TEST_CASE("token by token equals the whole sequence") {
-  for (const int64_t width : {1, 2, 3, 7, 8, 9, 15, 16, 17, 33, 43, 64, 65})
-    for (const int64_t dim : {1, 8, 9, 43, 64})
-      check_steps({.batch = 2,
-                   .heads = 2,
-                   .kv_heads = 1,
-                   .tokens = 20,
-                   .latents = width,
-                   .dim = dim,
-                   .with_initial = dim % 2 == 1});
-  for (const DType dtype : kDTypes)
-    for (const Layout layout : kLayouts)
-      check_steps({.batch = 2,
-                   .heads = 4,
-                   .kv_heads = 2,
-                   .tokens = 40,
-                   .latents = 17,
-                   .dim = 24,
-                   .scale = 0.5,
-                   .with_initial = true,
-                   .q = dtype,
-                   .k = dtype,
-                   .v = dtype,
-                   .layout = layout});
-}
-
-TEST_CASE("token by token with eventful keys") {
-  for (const Keys keys : kEventfulKeys)
-    for (const DType dtype : {DType::float32, DType::float64})
-      check_steps({.batch = 2,
-                   .tokens = 90,
-                   .latents = 11,
-                   .keys = keys,
-                   .with_initial = true,
-                   .q = dtype,
-                   .k = dtype,
-                   .v = dtype,
-                   .threads = 2});
-}
-
-TEST_CASE("steps of nothing") { check_steps({.batch = 0, .tokens = 3}); }
-
-TEST_CASE("the parts of a sequence, one continued by the next, equal the whole") {
-  for (const Keys keys : {Keys::normal, Keys::jumps, Keys::rising, Keys::holes}) {
-    for (const DType dtype : {DType::float32, DType::float64}) {
-      const Case c{.tokens = 150,
-                   .latents = 17,
-                   .dim = 16,
-                   .keys = keys,
-                   .with_d_final = false,
-                   .q = dtype,
-                   .k = dtype,
-                   .v = dtype};
-      const Problem whole = make_problem(c);
-      const Solution expected = reference::solve(whole);
-      for (const int64_t cut : {0, 1, 37, 64, 65, 149, 150}) {
-        reference::State state = empty_state(1, 2, 17, 16);
-        Doubles y(expected.y.size());
-        for (const auto& [first, count] : {std::pair{int64_t{0}, cut}, {cut, 150 - cut}}) {
-          Problem part = whole;
-          part.tokens = count;
-          const auto slice = [&, first = first, count = count](const Doubles& x, int64_t width) {
-            Doubles out;
-            for (int64_t h = 0; h < 2; ++h) {
-              const auto at = x.begin() + (h * 150 + first) * width;
-              out.insert(out.end(), at, at + count * width);
-            }
-            return out;
-          };
-          part.q = slice(whole.q, 17);
-          part.k = slice(whole.k, 17);
-          part.v = slice(whole.v, 16);
-          part.dy = slice(whole.dy, 16);
-          part.initial = state;
-          Case continued = c;
-          continued.tokens = count;
-          continued.with_initial = true;
-          const Outputs o = run(part, continued);
-          state = {o.final_max, o.final_norm, o.final_mean};
-          for (int64_t h = 0; h < 2; ++h)
-            std::copy_n(o.y.begin() + h * count * 16, count * 16,
-                        y.begin() + (h * 150 + first) * 16);
-        }
-        const double tolerance = 3 * tolerance_of(c);
-        compare("y", y, expected.y, dtype, tolerance, c.text());
-        CHECK(state.max == expected.final_max);
-        compare("norm", state.norm, expected.final_norm, dtype, tolerance, c.text());
-        compare("mean", state.mean, expected.final_mean, dtype, tolerance, c.text());
-      }
-    }
-  }
-}
-
-TEST_CASE("merge is the state of the union") {
-  for (const Keys keys : {Keys::normal, Keys::jumps, Keys::soaring, Keys::holes, Keys::huge}) {
-    for (const DType dtype : {DType::float32, DType::float64}) {
-      for (const Layout layout : kLayouts) {
-        const Case c{.tokens = 100,
-                     .latents = 9,
-                     .dim = 7,
-                     .keys = keys,
-                     .q = dtype,
-                     .k = dtype,
-                     .v = dtype,
-                     .layout = layout};
-        const double tolerance = dtype == DType::float64 ? 1e-14 : 2e-6;
-        const Problem p = make_problem(c);
-        const auto part = [&](int64_t first, int64_t count) {
-          return state_of(p, c, first, count);
-        };
-        const reference::State all = part(0, 100);
-        for (const int64_t cut : {0, 1, 50, 64, 99, 100}) {
-          const reference::State left = part(0, cut), right = part(cut, 100 - cut);
-          check_same(merge(left, right, c), all, tolerance);
-          check_same(merge(right, left, c), all, tolerance);
-          check_same(merge(left, right, c), reference::merge(left, right), tolerance);
-          const reference::State fresh = merge(left, right, c);
-          for (const Into into : {Into::a, Into::b}) {
-            const reference::State in_place = merge(left, right, c, into);
-            CHECK(in_place.max == fresh.max);
-            CHECK(in_place.norm == fresh.norm);
-            CHECK(in_place.mean == fresh.mean);
-          }
-        }
-        const reference::State a = part(0, 30), b = part(30, 30), d = part(60, 40);
-        check_same(merge(merge(a, b, c), d, c), merge(a, merge(b, d, c), c), tolerance);
-      }
-    }
-  }
-}
-
-TEST_CASE("the empty state is the identity of the merge, bit by bit") {
-  const Case c{.batch = 1, .tokens = 50, .latents = 9, .dim = 7, .keys = Keys::holes};
-  const reference::State a = state_of(make_problem(c), c, 0, 50);
-  const reference::State none = empty_state(1, 2, 9, 7);
-  for (const reference::State& merged : {merge(a, none, c), merge(none, a, c)}) {
-    CHECK(merged.max == a.max);
-    CHECK(merged.norm == a.norm);
-    CHECK(merged.mean == a.mean);
-  }
-  const reference::State nothing = merge(none, none, c);
-  CHECK(nothing.max == none.max);
-  CHECK(nothing.norm == none.norm);
-  CHECK(nothing.mean == none.mean);
-}
-
-TEST_CASE("a state whose norm is 1 and whose max is the log-normaliser works like any other") {
-  Case c{.tokens = 70, .latents = 9, .with_initial = true};
-  Problem p = make_problem(c);
-  for (size_t i = 0; i < p.initial->norm.size(); ++i) {
-    if (p.initial->norm[i] == 0) continue;
-    p.initial->max[i] = static_cast<float>(p.initial->max[i] + std::log(p.initial->norm[i]));
-    p.initial->norm[i] = 1;
-  }
-  compare(run(p, c), reference::solve(p), c);
-}
-
-TEST_SUITE_END();
-
-TEST_SUITE_BEGIN("threads");
-
-TEST_CASE("the instruction set is the one asked for") {
-  const char* wanted = std::getenv("LATTE_CPU_ISA");
-  if (wanted && *wanted)
-    CHECK(std::string(latte::cpu_isa()) == wanted);
-  else
-    CHECK(std::strlen(latte::cpu_isa()) > 0);
-  MESSAGE("instruction set: " << latte::cpu_isa());
-  CHECK(!latte::cuda_built());
-  CHECK(std::string(latte::version()).find('.') != std::string::npos);
-}
-
-TEST_SUITE_END();
+}  // namespace testing_latte

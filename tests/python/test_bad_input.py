@@ -61,7 +61,7 @@ FORWARD: dict[str, Bad] = {
     # Shapes
     "q_rank_3": Bad(lambda: {"q": zeros(H, T, L)}, ValueError, "q has", r"\(4, 5, 3\)", "4 dim"),
     "q_rank_5": Bad(
-        lambda: {"q": zeros(1, B, H, T, L)}, ValueError, "q has", r"\(1, 2, 4, 5, 3\)", "4 dim"
+        lambda: {"q": zeros(1, B, H, T, L)}, ValueError, "q has", r"\(1, 2, 4, 5, \.\.\.\)", "4 dim"
     ),
     "k_rank_3": Bad(lambda: {"k": zeros(HK, T, L)}, ValueError, "k has", r"\(2, 5, 3\)", "4 dim"),
     "v_rank_2": Bad(lambda: {"v": zeros(T, D)}, ValueError, "v has", r"\(5, 6\)", "4 dimensions"),
@@ -190,6 +190,13 @@ FORWARD: dict[str, Bad] = {
         r"\(2, 1, 1, 5\)",
         r"\(2, 5\)",
     ),
+    "mask_rank_9": Bad(
+        lambda: {"key_mask": torch.ones(9 * (1,)).bool()},
+        ValueError,
+        "key_mask has",
+        r"\(1, 1, 1, 1, \.\.\.\)",
+        r"\(2, 5\)",
+    ),
     "mask_broadcast": Bad(
         lambda: {"key_mask": torch.ones(1, T).bool()},
         ValueError,
@@ -303,6 +310,7 @@ FORWARD: dict[str, Bad] = {
     "scale_infinite": Bad(lambda: {"scale": torch.inf}, ValueError, "scale is", "inf", "finite"),
     "scale_text": Bad(lambda: {"scale": "1"}, TypeError, "scale is", "str", "number|float"),
     "scale_none": Bad(lambda: {"scale": None}, TypeError, "scale is", "NoneType", "number|float"),
+    "causal_none": Bad(lambda: {"causal": None}, TypeError, "causal is", "NoneType", "bool"),
     "causal_text": Bad(lambda: {"causal": "yes"}, TypeError, "causal is", "str", "bool"),
     "backend_unknown": Bad(lambda: {"backend": "tpu"}, ValueError, "backend is", "'tpu'", "'cpu'"),
     "backend_other_device": Bad(

@@ -3,6 +3,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def text(tmp_path: Path) -> Path:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "build_model", small_model)
     monkeypatch.setattr(demo, "CONTEXTS", (16, 32))
-    monkeypatch.setattr(demo, "_milliseconds", lambda call: float(call() is None) + 1.0)
+    monkeypatch.setattr(demo, "_milliseconds", lambda call, budget=0.0: float(call() is None) + 1.0)
 
 
 def test_stdlib_files_are_sorted_sources_without_tests() -> None:
@@ -75,10 +76,20 @@ def test_learning_rate_rises_then_falls_to_zero() -> None:
     assert max(rates) <= demo.LEARNING_RATE
 
 
+@pytest.mark.usefixtures("quick")
 def test_table_lines_up() -> None:
     lines = demo.table(demo.timings((16, 32))).splitlines()
     assert len(lines) == 4
     assert len({len(line) for line in lines[1:]}) == 1
+
+
+@pytest.mark.parametrize("faster", [1, 2])
+def test_the_faster_thread_count_is_chosen(faster: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def milliseconds(call: Callable[[], object], budget: float) -> float:
+        return 1.0 if torch.get_num_threads() == faster else 2.0
+
+    monkeypatch.setattr(demo, "_milliseconds", milliseconds)
+    assert demo.faster_thread_count() == faster
 
 
 @pytest.mark.usefixtures("quick")

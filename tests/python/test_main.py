@@ -4,10 +4,9 @@
 import subprocess
 import sys
 
+import latte_ext
 import pytest
 import torch
-
-import latte_ext
 from latte_ext import __main__ as command
 from latte_ext import selftest
 

@@ -31,9 +31,19 @@ const char* name_of(DType dtype) {
 
 std::string shape_text(const int64_t* shape, int64_t rank) {
   std::string text = "(";
-  for (int64_t i = 0; i < rank; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + (rank == 1 ? ",)" : ")");
+  // A Tensor holds four sizes, whatever its rank.
+  for (int64_t i = 0; i < rank && i < 4; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
+  return text + (rank > 4 ? ", ...)" : rank == 1 ? ",)" : ")");
 }
+
+using StateNames = const char* [3];
+constexpr StateNames kState = {"state.max", "state.norm", "state.mean"};
+constexpr StateNames kFinal = {"final.max", "final.norm", "final.mean"};
+constexpr StateNames kDFinal = {nullptr, "d_final.norm", "d_final.mean"};
+constexpr StateNames kDInitial = {nullptr, "d_initial.norm", "d_initial.mean"};
+constexpr StateNames kMergeA = {"a.max", "a.norm", "a.mean"};
+constexpr StateNames kMergeB = {"b.max", "b.norm", "b.mean"};
+constexpr StateNames kMergeOut = {"out.max", "out.norm", "out.mean"};
 
 // Checks the arguments of one call; every message starts with the op's name in brackets.
 class Checker {
@@ -69,11 +79,11 @@ class Checker {
   }
 
   void dtype(const char* name, const Tensor& t, std::initializer_list<DType> allowed) const {
-    std::string expected;
-    for (const DType d : allowed) {
+    for (const DType d : allowed)
       if (t.dtype == d) return;
+    std::string expected;
+    for (const DType d : allowed)
       expected += (expected.empty() ? "" : " or ") + std::string(name_of(d));
-    }
     fail(Kind::type,
          std::string(name) + " has dtype " + name_of(t.dtype) + ", expected " + expected);
   }
@@ -103,23 +113,25 @@ class Checker {
     return doubles == 3;
   }
 
-  void state(const char* name, const State& s, const Problem& p, bool with_max) const {
+  enum class Access { read, write };
+
+  // `names` are those of max, norm and mean in a message; a null one is not looked at.
+  void state(const StateNames& names, const State& s, const Problem& p, Access access) const {
     const DType compute = p.is_double ? DType::float64 : DType::float32;
-    const std::string prefix = name;
-    const auto field = [&](const char* which, const Tensor& t, bool has_dim) {
-      const std::string full = prefix + "." + which;
-      if (has_dim) {
-        shape(full.c_str(), t, {p.sequences, p.kv_heads, p.latents, p.dim},
+    const Tensor* const fields[] = {&s.max, &s.norm, &s.mean};
+    for (int i = 0; i < 3; ++i) {
+      const char* const name = names[i];
+      if (!name) continue;
+      if (i == 2) {
+        shape(name, *fields[i], {p.sequences, p.kv_heads, p.latents, p.dim},
               "(sequences, key/value heads, latents, channels)");
       } else {
-        shape(full.c_str(), t, {p.sequences, p.kv_heads, p.latents},
+        shape(name, *fields[i], {p.sequences, p.kv_heads, p.latents},
               "(sequences, key/value heads, latents)");
       }
-      dtype(full.c_str(), t, {compute});
-    };
-    if (with_max) field("max", s.max, false);
-    field("norm", s.norm, false);
-    field("mean", s.mean, true);
+      dtype(name, *fields[i], {compute});
+      if (access == Access::write) writable(name, *fields[i]);
+    }
   }
 
   void grouped(const Problem& p) const {
@@ -197,7 +209,7 @@ Problem validate_inputs(const Checker& check, const Params& p) {
   if (any_state(p.initial)) {
     if (!p.causal)
       check.fail(Kind::value, "got an initial state with causal=False, expected causal=True");
-    check.state("state", p.initial, problem, true);
+    check.state(kState, p.initial, problem, Checker::Access::read);
   }
   return problem;
 }
@@ -223,10 +235,7 @@ Problem validate(const LatentAttentionForward& p) {
               "(batch, heads, tokens, channels)");
   check.dtype("y", p.y, {p.v.dtype});
   check.writable("y", p.y);
-  if (any_state(p.final)) {
-    check.state("final", p.final, problem, true);
-    check.writable("final.mean", p.final.mean);
-  }
+  if (any_state(p.final)) check.state(kFinal, p.final, problem, Checker::Access::write);
   return problem;
 }
 
@@ -245,11 +254,11 @@ Problem validate(const LatentAttentionBackward& p) {
   gradient("dq", p.q, p.dq);
   gradient("dk", p.k, p.dk);
   gradient("dv", p.v, p.dv);
-  if (any_state(p.d_final)) check.state("d_final", p.d_final, problem, false);
+  if (any_state(p.d_final)) check.state(kDFinal, p.d_final, problem, Checker::Access::read);
   if (any_state(p.d_initial)) {
     if (!any_state(p.initial))
       check.fail(Kind::value, "got d_initial without an initial state, expected both or neither");
-    check.state("d_initial", p.d_initial, problem, false);
+    check.state(kDInitial, p.d_initial, problem, Checker::Access::write);
   }
   return problem;
 }
@@ -278,10 +287,7 @@ Problem validate(const LatentAttentionStep& p) {
               "(sequences, heads, channels)");
   check.dtype("y", p.y, {p.v.dtype});
   check.writable("y", p.y);
-  check.state("state", p.state, problem, true);
-  check.writable("state.max", p.state.max);
-  check.writable("state.norm", p.state.norm);
-  check.writable("state.mean", p.state.mean);
+  check.state(kState, p.state, problem, Checker::Access::write);
   return problem;
 }
 
@@ -295,12 +301,9 @@ Problem validate(const StateMerge& p) {
   problem.latents = p.a.mean.shape[2];
   problem.dim = p.a.mean.shape[3];
   problem.is_double = p.a.mean.dtype == DType::float64;
-  check.state("a", p.a, problem, true);
-  check.state("b", p.b, problem, true);
-  check.state("out", p.out, problem, true);
-  check.writable("out.max", p.out.max);
-  check.writable("out.norm", p.out.norm);
-  check.writable("out.mean", p.out.mean);
+  check.state(kMergeA, p.a, problem, Checker::Access::read);
+  check.state(kMergeB, p.b, problem, Checker::Access::read);
+  check.state(kMergeOut, p.out, problem, Checker::Access::write);
   return problem;
 }
 
