@@ -187,3 +187,18 @@ def test_overflowing_weights_are_not_formed() -> None:
         solution = solve(problem)
         assert_same_solution(solution, solve_reference(problem), problem)
         assert rms(solution.y) > 1
+
+
+@pytest.mark.parametrize("latents", [8, 43])
+def test_rows_before_a_nan_key_are_right(latents: int) -> None:
+    """A NaN late in a chunk must not hide that an earlier key raised the reference."""
+    tokens, poisoned = 140, 63
+    t, latent = torch.arange(tokens)[:, None], torch.arange(latents)
+    k = torch.randn(1, 1, tokens, latents) + 1e4 * ((t + 3 * latent) // 37)
+    q, v = torch.randn(1, 1, tokens, latents), torch.randn(1, 1, tokens, 16)
+    whole = latent_attention(q, k, v)
+    for x in (q, k, v):
+        x[:, :, poisoned:] = torch.nan
+    y = latent_attention(q, k, v)
+    torch.testing.assert_close(y[:, :, :poisoned], whole[:, :, :poisoned], rtol=0, atol=2e-6)
+    assert y[:, :, poisoned:].isnan().all()

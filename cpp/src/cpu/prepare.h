@@ -88,7 +88,9 @@ inline bool keys_rise(int64_t n, int64_t width, const T* k, int64_t k_stride,
     const Vec<T> r0 = load(norm.r + l);
     const Vec<T> r = load(norm.z + l) > 0 ? r0 : max(r0, m);
     store(norm.r + l, r);
-    for (int64_t t = 1; t < n; ++t) m = max(m, load(k + t * k_stride + l));
+    // A NaN key is passed over here: it must not hide the rise of a key before it. It spoils z and
+    // every later row by itself.
+    for (int64_t t = 1; t < n; ++t) m = max(load(k + t * k_stride + l), m);
     store(norm.top + l, max(load(norm.top + l), m));
     rise |= any_greater(m, r + kLazyMargin<T>);
   }
