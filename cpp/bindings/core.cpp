@@ -24,21 +24,23 @@ void call(void (*run)(const Params&, void*, int), const Params& params, int thre
   run(params, workspace.get(), threads);
 }
 
-State state(const py::object& max, const py::object& norm, const py::object& mean) {
-  return {tensor_from_torch(max), tensor_from_torch(norm), tensor_from_torch(mean)};
+State state(const py::object& max, const py::object& norm, const py::object& mean,
+            bool read = true) {
+  return {tensor_from_torch(max, read), tensor_from_torch(norm, read),
+          tensor_from_torch(mean, read)};
 }
 
 LatentAttentionForward inputs(const py::object& q, const py::object& k, const py::object& v,
                               const py::object& key_mask, const py::object& cu_seqlens,
                               const py::object& max, const py::object& norm, const py::object& mean,
-                              bool causal, double scale) {
+                              bool causal, double scale, bool read = true) {
   LatentAttentionForward p;
-  p.q = tensor_from_torch(q);
-  p.k = tensor_from_torch(k);
-  p.v = tensor_from_torch(v);
-  p.key_mask = tensor_from_torch(key_mask);
+  p.q = tensor_from_torch(q, read);
+  p.k = tensor_from_torch(k, read);
+  p.v = tensor_from_torch(v, read);
+  p.key_mask = tensor_from_torch(key_mask, read);
   p.cu_seqlens = tensor_from_torch(cu_seqlens);
-  p.initial = state(max, norm, mean);
+  p.initial = state(max, norm, mean, read);
   p.causal = causal;
   p.scale = scale;
   return p;
@@ -47,7 +49,8 @@ LatentAttentionForward inputs(const py::object& q, const py::object& k, const py
 void check(const py::object& q, const py::object& k, const py::object& v,
            const py::object& key_mask, const py::object& cu_seqlens, const py::object& max,
            const py::object& norm, const py::object& mean, bool causal, double scale) {
-  LatentAttentionForward p = inputs(q, k, v, key_mask, cu_seqlens, max, norm, mean, causal, scale);
+  LatentAttentionForward p =
+      inputs(q, k, v, key_mask, cu_seqlens, max, norm, mean, causal, scale, false);
   p.y = p.q;  // never written: workspace_bytes only checks
   p.y.dtype = p.v.dtype;
   p.y.shape[3] = p.v.shape[3];

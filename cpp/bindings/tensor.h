@@ -30,10 +30,14 @@ inline DType dtype_from_torch(const py::handle& dtype) {
                        "int64");
 }
 
-inline Tensor tensor_from_torch(const py::handle& object) {
+// `read`: whether the memory will be looked at. If not, a tensor without storage (meta, fake, or
+// wrapped by a torch.func transform) is welcome, and `data` is a placeholder.
+inline Tensor tensor_from_torch(const py::handle& object, bool read = true) {
+  static char placeholder;
   Tensor t;
   if (object.is_none()) return t;
-  t.data = reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>());
+  t.data =
+      read ? reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>()) : &placeholder;
   t.dtype = dtype_from_torch(object.attr("dtype"));
   const py::tuple shape = object.attr("shape");
   const py::tuple stride = object.attr("stride")();

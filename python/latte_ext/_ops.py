@@ -171,6 +171,10 @@ def _step_cpu(
 ) -> Tensor:
     y = _step_output(q, k, v)
     _core.latent_attention_step(q, k, v, max, norm, mean, y, scale, torch.get_num_threads())
+    for tensor in (max, norm, mean):
+        # Autograd refuses a backward pass that saved the state before this update.
+        if not tensor.is_inference():
+            torch.autograd.graph.increment_version(tensor)
     return y
 
 

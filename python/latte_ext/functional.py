@@ -87,11 +87,12 @@ def latent_attention(
     triple = _state_tensors(op, q, state)
     _check_backend(op, q, backend)
     if backend == "reference":
-        # Held to the contract of the core, by the core's own checks. They read cu_seqlens.
-        borders = None if cu_seqlens is None else cu_seqlens.cpu()
-        _core.latent_attention_check(
-            q, k, v, key_mask, borders, triple[0], triple[1], triple[2], causal, scale
-        )
+        # Held to the contract of the core, by the core's own checks, which a tracer cannot enter.
+        if not torch.compiler.is_compiling():
+            borders = None if cu_seqlens is None else cu_seqlens.cpu()
+            _core.latent_attention_check(
+                q, k, v, key_mask, borders, triple[0], triple[1], triple[2], causal, scale
+            )
         y, final = reference.latent_attention(
             q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
             state=None if state is None else state.tensors(),
