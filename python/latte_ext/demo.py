@@ -1,342 +1,385 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trains a small causal language model on real text, samples from it, and times its decoding.
+"""`python -m latte_ext demo`: train a small language model on real text, sample it, time it.
 
-`python -m latte_ext demo`: bits per byte beside a unigram and a trigram on the same held-out text,
-text sampled token by token through the constant-memory state, and milliseconds per token of
-decode and prefill against scaled_dot_product_attention at growing context.
+Trains a causal `LatteLM` on bytes for about two minutes, compares its bits per byte on held-out
+text with a unigram's and a trigram's, samples text token by token through the constant-memory
+state, and times decode and prefill against scaled_dot_product_attention at growing context.
 """
 
 from __future__ import annotations
 
 import argparse
+import codecs
 import json
 import math
+import shutil
 import sys
-import sysconfig
 import time
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple, TextIO
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .functional import latent_attention, latent_attention_step
+from . import _demo_timing as timing
+from ._demo_text import BYTES, Corpus, load_corpus, ngram_bits, window_starts
 from .nn import LatteLM
+from .nn.model import sample_token
 
-WINDOW = 128  # tokens of a training sequence
-BATCH = 8
-LEARNING_RATE = 5e-3
-WARMUP = 0.02  # of the training time
-TRIGRAM_COUNT = 0.1  # added to every count; best of 0.1, 0.01, 0.003, 0.001 on the default corpus
-REQUIRED_GAIN = 0.2  # bits per byte below the trigram
-HEADS, LATENTS, DIM = 8, 64, 64  # the timed attention layer
-CONTEXTS = (256, 1024, 4096, 16384)
+# Bits per byte that the model has to end below the trigram.
+REQUIRED_GAIN = 0.2
+
+# The model and its training. Found by trials of 40 s on one core: small and many steps beats wider
+# or deeper, and more heads of few latents beat fewer of many.
+EMBED_DIM, NUM_LAYERS, NUM_HEADS, NUM_LATENTS = 96, 2, 8, 16
+SEQUENCE, BATCH = 128, 8
+LEARNING_RATE, WARMUP, WEIGHT_DECAY, BETAS = 5e-3, 0.03, 0.01, (0.9, 0.99)
+GRADIENT_NORM = 1.0
+SEED = 0
+
+# Windows of held-out text that are scored: 2048 * 128 = 262,144 bytes.
+HELD_OUT_WINDOWS = 2048
+PROMPT_LENGTH, SAMPLE_LENGTH, TEMPERATURE = 48, 400, 0.8
+CONTEXTS = tuple(2**i for i in range(10, 17))
+
+
+class Result(NamedTuple):
+    """What training gave: steps, seconds, and the loss (seconds, bits per byte) along the way."""
+
+    steps: int
+    seconds: float
+    curve: list[tuple[float, float]]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--minutes", type=float, default=2.0, help="training time (default 2)")
-    parser.add_argument("--text", type=Path, help="a file to train on instead of Python's sources")
-    parser.add_argument("--out", type=Path, default=Path("latte_demo"), help="folder for results")
-    parser.add_argument("--threads", type=int, help="default: 1 or torch's, the faster")
-
-
-def stdlib_files() -> list[Path]:
-    """The standard library's own sources, sorted; tests and site-packages left out."""
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    files = (path.relative_to(root) for path in root.rglob("*.py"))
-    return [root / path for path in sorted(files) if left_out.isdisjoint(path.parts)]
-
-
-def load_corpus(text: Path | None) -> tuple[Tensor, Tensor]:
-    """Training and held-out bytes (n,) uint8: every tenth file, or the last tenth of `text`.
-
-    Raises:
-        ValueError: too little text for one window of each.
-    """
-    if text is None:
-        contents = [path.read_bytes() for path in stdlib_files()]
-        train = b"".join(data for i, data in enumerate(contents) if i % 10 != 9)
-        held_out = b"".join(contents[9::10])
-    else:
-        data = text.read_bytes()
-        border = len(data) * 9 // 10
-        train, held_out = data[:border], data[border:]
-    if min(len(train), len(held_out)) <= WINDOW:
-        raise ValueError(
-            f"[demo] got {len(train)} training and {len(held_out)} held-out bytes, expected more "
-            f"than {WINDOW} of each"
-        )
-    as_tensor = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in (train, held_out)]
-    return as_tensor[0], as_tensor[1]
-
-
-def unigram_bits(train: Tensor, held_out: Tensor) -> float:
-    """Bits per byte of the byte frequencies of `train`."""
-    counts = torch.bincount(train.long(), minlength=256).double() + TRIGRAM_COUNT
-    return float(-(counts / counts.sum()).log2()[held_out.long()].mean())
-
-
-def trigram_bits(train: Tensor, held_out: Tensor) -> float:
-    """Bits per byte given the two bytes before, from the frequencies of `train`."""
-
-    def codes(data: Tensor) -> Tensor:
-        wide = data.int()
-        return (wide[:-2] * 256 + wide[1:-1]) * 256 + wide[2:]
-
-    counts = torch.bincount(codes(train), minlength=256**3)
-    code = codes(held_out)
-    seen = counts.view(-1, 256).sum(1)[code // 256]
-    p = (counts[code].double() + TRIGRAM_COUNT) / (seen.double() + 256 * TRIGRAM_COUNT)
-    return float(-p.log2().mean())
-
-
-@torch.no_grad()
-def model_bits(model: LatteLM, held_out: Tensor, windows: int) -> float:
-    """Bits per byte of about `windows` evenly spread ones, each predicted from its own bytes."""
-    pieces = held_out[: len(held_out) // (WINDOW + 1) * (WINDOW + 1)].view(-1, WINDOW + 1)
-    pieces = pieces[:: max(1, len(pieces) // windows)].long()
-    total = 0.0
-    for piece in pieces.split(64):
-        total += float(_loss(model, piece)) * piece.shape[0]
-    return total / len(pieces) / math.log(2)
-
-
-def build_model() -> LatteLM:
-    return LatteLM(256, embed_dim=128, num_layers=2, num_heads=4, num_latents=16, conv_width=4)
-
-
-def _loss(model: LatteLM, tokens: Tensor) -> Tensor:
-    """Mean next-byte cross-entropy, in nats, over tokens (B,T+1)."""
-    logits = model(tokens[:, :-1])
-    return F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
-
-
-def learning_rate(fraction: float) -> float:
-    """Linear warm-up, then linear decay to zero, by the fraction of the training time."""
-    return LEARNING_RATE * min(fraction / WARMUP, 1 - fraction)
-
-
-def train_model(
-    model: LatteLM,
-    train: Tensor,
-    held_out: Tensor,
-    seconds: float,
-    report: Callable[[float, int, float, float | None], None],
-) -> int:
-    """Trains for `seconds` of wall time; returns the number of steps.
-
-    report(fraction, steps, training bits, held-out bits or None) is called every so often.
-    """
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01, foreach=True
+    """Add the demo's options to `parser`."""
+    parser.add_argument(
+        "--minutes", type=_positive(float), default=2.0, help="training time (default: 2)"
     )
-    generator = torch.Generator().manual_seed(0)
-    offsets = torch.arange(WINDOW + 1)
-    start = reported = time.perf_counter()
-    steps, average, held_out_bits, next_check = 0, math.nan, None, 0.1
-    while (fraction := (time.perf_counter() - start) / seconds) < 1:
-        for group in optimizer.param_groups:
-            # The first step would have rate 0.
-            group["lr"] = max(learning_rate(fraction), 1e-5)
-        first = torch.randint(len(train) - WINDOW, (BATCH, 1), generator=generator)
-        loss = _loss(model, train[first + offsets].long())
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        steps += 1
-        bits = loss.item() / math.log(2)
-        average = bits if steps == 1 else 0.95 * average + 0.05 * bits
-        if fraction >= next_check:
-            next_check += 0.1
-            held_out_bits = model_bits(model, held_out, 100)
-        if (now := time.perf_counter()) - reported > 0.2:
-            reported = now
-            report(fraction, steps, average, held_out_bits)
-    report(1.0, steps, average, held_out_bits)
-    return steps
+    parser.add_argument("--text", type=Path, help="text to train on (default: Python's sources)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("latte_demo"), help="folder for demo.json and demo.png"
+    )
+    parser.add_argument(
+        "--threads", type=_positive(int), help="CPU threads (default: the fastest number)"
+    )
 
 
-def progress_bar(seconds: float) -> Callable[[float, int, float, float | None], None]:
-    """A `report` that draws a bar, redrawn in place on a terminal, else a line per tenth."""
-    terminal, shown = sys.stdout.isatty(), -1
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def parse(text: str) -> float:
+        number = kind(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"got {text}, expected a positive number")
+        return number
 
-    def report(fraction: float, steps: int, bits: float, held_out: float | None) -> None:
-        nonlocal shown
-        tenth = int(fraction * 10)
-        if not terminal and tenth == shown:
-            return
-        shown = tenth
-        bar = "#" * int(30 * fraction)
-        checked = "" if held_out is None else f", held out {held_out:.2f}"
-        line = (
-            f"[{bar:30}] {fraction * seconds:4.0f}/{seconds:.0f} s  step {steps:5}  "
-            f"bits per byte: train {bits:.2f}{checked}"
-        )
-        end = "\n" if not terminal or fraction >= 1 else ""
-        print(("\r" if terminal else "") + line, end=end, flush=True)
-
-    return report
-
-
-def sample(model: LatteLM, prompt: str, count: int) -> str:
-    """`prompt` and `count` more bytes, drawn one by one through the constant-memory state."""
-    tokens = torch.tensor([list(prompt.encode())])
-    generator = torch.Generator().manual_seed(0)
-    out = model.generate(tokens, count, temperature=0.7, generator=generator)
-    return bytes(out[0].tolist()).decode(errors="replace")
-
-
-def _milliseconds(call: Callable[[], Any], budget: float = 0.3) -> float:
-    """Median time of a call after a first one, over calls that fill `budget` seconds."""
-    call()
-    times: list[float] = []
-    start = time.perf_counter()
-    while not times or time.perf_counter() - start < budget:
-        before = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - before)
-    return 1e3 * sorted(times)[len(times) // 2]
-
-
-@torch.no_grad()
-def timings(contexts: tuple[int, ...]) -> list[dict[str, float]]:
-    """Milliseconds per token of one layer (H=8, L=D=64, float32, batch 1) at each context length.
-
-    Decode: one more token after `context` tokens. Prefill: all of them, divided by their number.
-    The state's and the key-value cache's bytes stand beside them.
-    """
-    sdpa = F.scaled_dot_product_attention
-    rows = []
-    for context in contexts:
-        generator = torch.Generator().manual_seed(0)
-        latent_q, latent_k = torch.randn(2, 1, HEADS, context, LATENTS, generator=generator)
-        q, k, v = torch.randn(3, 1, HEADS, context, DIM, generator=generator)
-        inputs = latent_q, latent_k, v
-        last = latent_q[:, :, -1], latent_k[:, :, -1], v[:, :, -1]
-        _, state = latent_attention(*inputs, return_state=True)
-        rows.append(
-            {
-                "context": context,
-                "latte_decode_ms": _milliseconds(partial(latent_attention_step, *last, state)),
-                "sdpa_decode_ms": _milliseconds(partial(sdpa, q[:, :, -1:], k, v)),
-                "latte_prefill_ms": _milliseconds(partial(latent_attention, *inputs)) / context,
-                "sdpa_prefill_ms": _milliseconds(partial(sdpa, q, k, v, is_causal=True)) / context,
-                "latte_bytes": state.nbytes,
-                "sdpa_bytes": 2 * k.numel() * k.element_size(),
-            }
-        )
-    return rows
-
-
-def table(rows: list[dict[str, float]]) -> str:
-    """The timings as aligned text."""
-    header = ("context", "decode ms/token", "", "prefill ms/token", "", "memory KiB", "")
-    names = ("tokens", "latte", "sdpa", "latte", "sdpa", "latte", "sdpa")
-    lines: list[tuple[str, ...]] = [header, names]
-    for row in rows:
-        times = [f"{row[f'{name}_{kind}_ms']:.4f}" for kind in ("decode", "prefill")
-                 for name in ("latte", "sdpa")]  # fmt: skip
-        sizes = [f"{row[f'{name}_bytes'] / 1024:.0f}" for name in ("latte", "sdpa")]
-        lines.append((f"{row['context']:.0f}", *times, *sizes))
-    return "\n".join("  ".join(f"{cell:>16}" for cell in line).rstrip() for line in lines)
-
-
-def save_plot(rows: list[dict[str, float]], path: Path) -> bool:
-    """Draws decode and prefill times over the context; False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    contexts = [row["context"] for row in rows]
-    for axis, kind in zip(axes, ("decode", "prefill"), strict=True):
-        for name, label in (("latte", "latent attention"), ("sdpa", "softmax attention")):
-            axis.loglog(contexts, [row[f"{name}_{kind}_ms"] for row in rows], "o-", label=label)
-        axis.set(title=kind, xlabel="context (tokens)", ylabel="milliseconds per token")
-        axis.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    return True
-
-
-def faster_thread_count() -> int:
-    """1 or torch's number of threads, whichever trains faster: on shared cores 1 often does."""
-    times = {}
-    tokens = torch.zeros(BATCH, WINDOW + 1, dtype=torch.long)
-    model = build_model()
-    for threads in sorted({1, torch.get_num_threads()}):
-        torch.set_num_threads(threads)
-        times[threads] = _milliseconds(lambda: _loss(model, tokens).backward(), budget=1.0)
-    return min(times, key=times.__getitem__)
-
-
-def run(args: argparse.Namespace) -> int:
-    """The whole demo; 1 if the model ends too close to the trigram on the default corpus."""
-    if not args.minutes > 0 or (args.threads is not None and args.threads < 1):
-        raise ValueError(
-            f"[demo] got --minutes {args.minutes} --threads {args.threads}, expected positive ones"
-        )
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(args.threads or faster_thread_count())
-        return _run(args)
-    finally:
-        torch.set_num_threads(before)
-
-
-def _run(args: argparse.Namespace) -> int:
-    train, held_out = load_corpus(args.text)
-    source = "Python's standard library" if args.text is None else str(args.text)
-    print(f"{source}: {len(train):,} bytes to train on, {len(held_out):,} held out")
-    unigram, trigram = unigram_bits(train, held_out), trigram_bits(train, held_out)
-    print(f"bits per byte on the held-out text: unigram {unigram:.2f}, trigram {trigram:.2f}")
-
-    torch.manual_seed(0)
-    model = build_model()
-    parameters = sum(p.numel() for p in model.parameters())
-    threads = torch.get_num_threads()
-    print(f"training a latent attention model of {parameters:,} parameters, threads: {threads}")
-    seconds = 60 * args.minutes
-    steps = train_model(model, train, held_out, seconds, progress_bar(seconds))
-    model.eval()
-    bits = model_bits(model, held_out, len(held_out))
-    print(f"{bits:.2f} bits per byte: {trigram - bits:+.2f} below the trigram ({trigram:.2f})\n")
-
-    text = sample(model, "def ", 300)
-    print(f"sampled, token by token, in constant memory:\n{text}\n")
-    rows = timings(CONTEXTS)
-    print("one attention layer, milliseconds per token (medians) and memory of the past:")
-    print(table(rows))
-
-    args.out.mkdir(parents=True, exist_ok=True)
-    result = {
-        "bits_per_byte": {"model": bits, "trigram": trigram, "unigram": unigram},
-        "parameters": parameters, "steps": steps, "seconds": seconds,
-        "threads": threads, "sample": text, "timings": rows,
-    }  # fmt: skip
-    (args.out / "demo.json").write_text(json.dumps(result, indent=2) + "\n")
-    plotted = save_plot(rows, args.out / "demo.png")
-    print(f"\nsaved demo.json{' and demo.png' if plotted else ''} in {args.out}")
-    if not plotted:
-        print("no plot: matplotlib is not installed (pip install matplotlib)")
-    if args.text is None and bits > trigram - REQUIRED_GAIN:
-        print(f"FAILED: expected at least {REQUIRED_GAIN} bits per byte below the trigram")
-        return 1
-    return 0
+    return parse
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m latte_ext.demo", description=__doc__)
+    """Run the demo with command-line arguments; returns the exit code of `run`."""
+    parser = argparse.ArgumentParser(prog="python -m latte_ext demo", description=__doc__)
     add_arguments(parser)
     return run(parser.parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole demo, with the arguments of `add_arguments`. Prints as it goes.
+
+    Returns:
+        0; 1 if the model ends less than 0.2 bits per byte below the trigram; 2 if the text cannot
+        be read or is too short.
+    """
+    try:
+        corpus = load_corpus(args.text, SEQUENCE)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    threads_before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(args.threads or fastest_threads(threads_before))
+        return 0 if _run(corpus, args.minutes * 60, args.out) else 1
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def _run(corpus: Corpus, seconds: float, out: Path) -> bool:
+    """Whether the target was reached."""
+    print(
+        f"text: {corpus.source}, {len(corpus.train):,} bytes for training, "
+        f"{len(corpus.held_out):,} held out"
+    )
+    starts = window_starts(corpus.held_out, SEQUENCE, HELD_OUT_WINDOWS)
+    targets = starts[:, None] + torch.arange(SEQUENCE)
+    baselines = {
+        name: ngram_bits(corpus.train, corpus.held_out, targets.flatten(), order)
+        for name, order in (("trigram", 3), ("unigram", 1))
+    }
+    trigram = baselines["trigram"]
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in baselines.items())
+    print(f"bits per byte of {targets.numel():,} held-out bytes, evenly spread: {shown}")
+
+    torch.manual_seed(SEED)
+    model = build_model()
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"model: {parameters:,} parameters, {torch.get_num_threads()} threads")
+    bar = Progress(seconds, shown, sys.stdout)
+    training = train(model, corpus.train, seconds, bar.show)
+    bar.finish(training.steps, training.curve[-1][1])
+    model.eval()
+    bits = evaluate(model, corpus.held_out, starts)
+    reached = bits <= trigram - REQUIRED_GAIN
+    print(
+        f"bits per byte of the held-out bytes: {bits:.3f}, {trigram - bits:.3f} below the trigram "
+        f"({shown}); {training.steps:,} steps in {training.seconds:.0f} s\n"
+    )
+
+    prompt = corpus.held_out[int(starts[0]) :][:PROMPT_LENGTH].long()
+    sampled = sample(model, prompt, SAMPLE_LENGTH)
+
+    print(
+        f"\nOne layer, {timing.HEADS} heads of {timing.WIDTH} latents and channels, batch 1, "
+        f"{torch.get_num_threads()} threads (softmax: scaled_dot_product_attention):"
+    )
+    rows = timing.measure(CONTEXTS)
+    print(timing.table(rows))
+    if any(row.sdpa_prefill is None for row in rows):
+        print(f"-: would take longer than {timing.PREFILL_LIMIT:.0f} s a call, not measured")
+
+    out.mkdir(parents=True, exist_ok=True)
+    result = {
+        "source": corpus.source,
+        "bytes": {"train": len(corpus.train), "held_out": len(corpus.held_out)},
+        "scored_bytes": targets.numel(),
+        "bits_per_byte": {**baselines, "model": bits},
+        "target_reached": reached,
+        "parameters": parameters,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "training": training._asdict(),
+        "sample": sampled,
+        "timings": [row._asdict() for row in rows],
+    }
+    (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"\nsaved {out / 'demo.json'}")
+    save_plot(out / "demo.png", training, baselines, bits, rows)
+    if not reached:
+        print(
+            f"FAILED: {bits:.3f} bits per byte, expected at most {trigram - REQUIRED_GAIN:.3f} "
+            f"({REQUIRED_GAIN} below the trigram)"
+        )
+    return reached
+
+
+# Model
+
+
+def build_model() -> LatteLM:
+    """The demo's model of bytes."""
+    return LatteLM(BYTES, EMBED_DIM, NUM_LAYERS, NUM_HEADS, NUM_LATENTS)
+
+
+def fastest_threads(most: int) -> int:
+    """The number of threads, `most` or a smaller power of two, that makes a training step fastest.
+
+    The matrices are small, and a container may own fewer cores than it sees.
+    """
+    candidates = [1 << i for i in range(most.bit_length()) if 1 << i < most] + [most]
+    model = build_model()
+    tokens = torch.zeros(BATCH, SEQUENCE + 1, dtype=torch.long)
+    times = []
+    for threads in candidates:
+        torch.set_num_threads(threads)
+        times.append(timing.milliseconds(lambda: loss_of(model, tokens).backward()))
+    return candidates[times.index(min(times))]
+
+
+def loss_of(model: LatteLM, windows: Tensor) -> Tensor:
+    """Mean cross-entropy in nats of windows (B,T+1): each byte from those before it."""
+    logits: Tensor = model(windows[:, :-1])
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+
+
+def learning_rate(progress: float) -> float:
+    """Linear warm-up, then a cosine to zero; progress runs from 0 to 1."""
+    return LEARNING_RATE * min(1.0, progress / WARMUP) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def train(
+    model: LatteLM,
+    text: Tensor,
+    seconds: float,
+    report: Callable[[float, int, float], None] | None = None,
+) -> Result:
+    """Train with AdamW on random windows of text (n,) uint8 for so many seconds of wall time.
+
+    The schedule follows the clock, so that a slow machine takes fewer steps of the same course.
+    report(elapsed seconds, steps, smoothed bits per byte) is called after every step.
+    """
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    groups = [
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=BETAS, fused=True)
+    generator = torch.Generator().manual_seed(SEED)
+    offsets = torch.arange(SEQUENCE + 1)
+    curve: list[tuple[float, float]] = []
+    bits, steps, start = math.nan, 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(elapsed / seconds)
+        begins = torch.randint(len(text) - SEQUENCE, (BATCH, 1), generator=generator)
+        loss = loss_of(model, text[begins + offsets].long())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_NORM)
+        optimizer.step()
+        steps += 1
+        latest = loss.item() / math.log(2)
+        bits = latest if steps == 1 else 0.95 * bits + 0.05 * latest
+        curve.append((round(elapsed, 3), round(bits, 4)))
+        if report is not None:
+            report(elapsed, steps, bits)
+    return Result(steps, time.perf_counter() - start, curve)
+
+
+@torch.no_grad()
+def evaluate(model: LatteLM, held_out: Tensor, starts: Tensor) -> float:
+    """Bits per byte of the windows that start at `starts`, each predicted on its own."""
+    total = 0.0
+    for chosen in starts.split(BATCH * 4):
+        # One byte earlier, since the first scored byte needs an input.
+        windows = held_out[chosen[:, None] - 1 + torch.arange(SEQUENCE + 1)].long()
+        total += loss_of(model, windows).item() * len(chosen)
+    return total / len(starts) / math.log(2)
+
+
+def sample(model: LatteLM, prompt: Tensor, length: int) -> str:
+    """Print, as they come, `length` bytes drawn after prompt (n,); returns the whole text."""
+    generator = torch.Generator().manual_seed(SEED)
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    print(f"sample, token by token, after a held-out prompt of {len(prompt)} bytes:\n{'-' * 80}")
+    text = decoder.decode(bytes(prompt.tolist()))
+    print(_printable(text), end="")
+    logits, cache = model.prefill(prompt[None])
+    start = time.perf_counter()
+    for _ in range(length):
+        token = sample_token(logits, temperature=TEMPERATURE, generator=generator)
+        logits = model.step(token, cache)
+        piece = decoder.decode(bytes(token.tolist()))
+        print(_printable(piece), end="", flush=True)
+        text += piece
+    elapsed = time.perf_counter() - start
+    size = sum(layer.state.nbytes + layer.tail.nbytes for layer in cache)
+    print(
+        f"\n{'-' * 80}\n{1e3 * elapsed / length:.2f} ms per token; all that is kept of the text so "
+        f"far: {size:,} bytes, whatever its length"
+    )
+    return text
+
+
+def _printable(text: str) -> str:
+    """text with a question mark for what the terminal cannot show or would obey."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
+    encoding = sys.stdout.encoding or "ascii"
+    return shown.encode(encoding, "replace").decode(encoding)
+
+
+# Output
+
+
+class Progress:
+    """A progress bar of `seconds`, redrawn on a terminal, a line per tenth elsewhere.
+
+    Args:
+        seconds: the time at which the bar is full.
+        baselines: text shown behind the loss.
+        stream: where to draw.
+    """
+
+    WIDTH = 20
+    REDRAW = 0.2  # seconds
+
+    def __init__(self, seconds: float, baselines: str, stream: TextIO) -> None:
+        self._seconds, self._baselines, self._stream = seconds, baselines, stream
+        self._terminal = stream.isatty()
+        self._interval = self.REDRAW if self._terminal else seconds / 10
+        self._next, self._length = 0.0, 0
+
+    def show(self, elapsed: float, steps: int, bits: float) -> None:
+        """Draw the bar if it is time to: elapsed seconds, steps, training bits per byte."""
+        if elapsed >= self._next:
+            self._draw(elapsed, steps, bits)
+            self._next = (elapsed // self._interval + 1) * self._interval
+
+    def finish(self, steps: int, bits: float) -> None:
+        """Draw the full bar and end the line."""
+        self._draw(self._seconds, steps, bits)
+        if self._terminal:
+            print(file=self._stream)
+
+    def _draw(self, elapsed: float, steps: int, bits: float) -> None:
+        bar = "#" * round(self.WIDTH * elapsed / self._seconds)
+        line = (
+            f"[{bar:-<{self.WIDTH}}] {elapsed:.0f}/{self._seconds:.0f} s, step {steps:,}: "
+            f"{bits:.2f} bits per byte ({self._baselines})"
+        )
+        if self._terminal:
+            # Cut, since a line that wraps is not overwritten; padded over a longer one before.
+            line = line[: shutil.get_terminal_size().columns - 1]
+            print(f"\r{line:{self._length}}", end="", file=self._stream, flush=True)
+            self._length = len(line)
+        else:
+            print(line, file=self._stream, flush=True)
+
+
+def save_plot(
+    path: Path,
+    training: Result,
+    baselines: dict[str, float],
+    bits: float,
+    rows: Sequence[timing.Timing],
+) -> bool:
+    """Draw the loss and the timings to a PNG file; false, and a message, without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no plot: matplotlib is not installed (pip install matplotlib)")
+        return False
+    figure = Figure(figsize=(14, 4), layout="constrained")
+    loss, decode, prefill = figure.subplots(1, 3)
+    seconds = [elapsed for elapsed, _ in training.curve]
+    loss.plot(seconds, [y for _, y in training.curve], label="training text", linewidth=1)
+    loss.axhline(bits, label="held-out text", color="black")
+    for (name, value), style in zip(baselines.items(), ("--", ":"), strict=False):
+        loss.axhline(value, label=name, color="gray", linestyle=style)
+    loss.set(
+        xlabel="seconds of training",
+        ylabel="bits per byte",
+        ylim=(min(bits, *baselines.values()) - 0.3, 6),
+    )
+    contexts = [row.context for row in rows]
+    measured = [row for row in rows if row.sdpa_prefill is not None]
+    decode.loglog(contexts, [row.latte_decode for row in rows], "o-", label="latent attention")
+    decode.loglog(contexts, [row.sdpa_decode for row in rows], "s-", label="softmax attention")
+    prefill.loglog(contexts, [row.latte_prefill for row in rows], "o-", label="latent attention")
+    prefill.loglog(
+        [row.context for row in measured],
+        [row.sdpa_prefill for row in measured],
+        "s-",
+        label="softmax attention",
+    )
+    for axes in (decode, prefill):
+        axes.set(xlabel="tokens of context", ylabel="ms per token")
+    for axes, title in ((loss, "loss"), (decode, "decode"), (prefill, "prefill")):
+        axes.set_title(title)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+    print(f"saved {path}")
+    return True
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from helpers import threads
 from latte_ext import reference
 from latte_ext.nn import (
     LatentAttention,
@@ -21,6 +20,12 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
 
 TOKENS = 23
+
+
+@pytest.fixture(autouse=True)
+def one_thread(fixed_surroundings: None) -> None:
+    """The tensors are small: a second thread only costs."""
+    torch.set_num_threads(1)
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float = 2e-5) -> None:
@@ -101,6 +106,21 @@ def test_latent_dropout_is_dropout_on_p(monkeypatch: pytest.MonkeyPatch) -> None
         close(gradient, want, 1e-11)
 
 
+def test_latent_dropout_keeps_the_expectation() -> None:
+    attention = layer(latent_dropout=0.3)
+    x = torch.randn(1, 5, 16)
+    with torch.no_grad():
+        drawn = attention(x.expand(20_000, -1, -1))
+        expected = attention.eval()(x)
+    error = drawn.std(0) / drawn.shape[0] ** 0.5
+    assert ((drawn.mean(0) - expected[0]).abs() < 5 * error).all()
+
+
+def test_all_latents_dropped_gives_zero() -> None:
+    attention = layer(latent_dropout=1 - 1e-12)
+    assert (attention(torch.randn(2, 3, 16)) == 0).all()
+
+
 def test_dropout_acts_in_training_only() -> None:
     attention, x = layer(dropout=0.5, latent_dropout=0.5), torch.randn(2, TOKENS, 16)
     assert not torch.equal(attention(x), attention(x))
@@ -122,6 +142,8 @@ def test_weights_start_with_variance_one_over_fan_in() -> None:
         ({"kv_heads": 3}, "kv_heads is 3"),
         ({"latent_dropout": 1.0}, "latent_dropout is 1.0"),
         ({"dropout": -0.1}, "dropout is -0.1"),
+        ({"scale": 0.0}, "scale is 0.0"),
+        ({"head_dim": 0}, "head_dim is 0"),
     ],
 )
 def test_bad_layers_raise(options: dict[str, object], message: str) -> None:
@@ -183,6 +205,66 @@ def test_encoder_trains_and_evaluates(causal: bool) -> None:
     close(evaluated[1:, :15], alone)
 
 
+def test_replacement_keeps_what_it_can() -> None:
+    old = nn.MultiheadAttention(16, 4, dropout=0.2, bias=False, batch_first=True).eval()
+    old.out_proj.weight.requires_grad_(False)
+    model = nn.ModuleDict({"a": old, "b": nn.Sequential(old), "c": nn.Linear(2, 2)})
+    assert replace_attention(model, 5, scale=0.5) == ["a", "b.0"]
+    new = model["a"]
+    assert isinstance(new, MultiheadLatentAttention)
+    assert new is model["b"][0]
+    assert not new.training
+    assert new.attention.latent_dropout == 0.2
+    assert new.attention.scale == 0.5
+    assert new.attention.v_proj.bias is None
+    assert torch.equal(new.attention.out_proj.weight, old.out_proj.weight)
+    assert not new.attention.out_proj.weight.requires_grad
+    assert new.attention.v_proj.weight.requires_grad
+
+
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_layer_inside_torch_encoder_layer(norm_first: bool) -> None:
+    """In evaluation without gradients too, where torch would fuse a softmax layer."""
+    block = nn.TransformerEncoderLayer(
+        16, 4, 32, dropout=0.0, batch_first=True, norm_first=norm_first
+    )
+    block.self_attn = MultiheadLatentAttention(16, 4, 5, causal=True)
+    model, x = nn.TransformerEncoder(block, 2, enable_nested_tensor=False), torch.randn(2, 6, 16)
+    future = nn.Transformer.generate_square_subsequent_mask(6)
+    expected = model(x)
+    model.eval()
+    with torch.no_grad():
+        close(model(x), expected)
+        close(model(x, mask=future), expected)
+        close(model(x, mask=future, is_causal=True), expected)
+        close(model.layers[1](model.layers[0](x, src_mask=future == -torch.inf)), expected)
+
+
+def test_nested_tensors_are_refused() -> None:
+    block = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    block.self_attn = MultiheadLatentAttention(16, 4, 5)
+    with pytest.warns(UserWarning, match="enable_nested_tensor"):
+        assert not nn.TransformerEncoder(block, 1).use_nested_tensor
+    x = torch.nested.nested_tensor(list(torch.randn(2, 3, 16)), layout=torch.jagged)
+    with pytest.raises(ValueError, match=r"\[MultiheadLatentAttention\] query is a nested tensor"):
+        block.self_attn(x, x, x)
+
+
+def test_values_may_come_from_another_tensor() -> None:
+    attention, x, v = MultiheadLatentAttention(16, 4, 5), *torch.randn(2, 2, TOKENS, 16)
+    y, weights = attention(x, x, v)
+    assert weights is None
+    close(y, attention.attention(v, x_qk=x))
+
+
+@pytest.mark.parametrize("tokens", [TOKENS, TOKENS + 1])
+def test_cross_attention_is_refused(tokens: int) -> None:
+    attention, x = MultiheadLatentAttention(16, 4, 5), torch.randn(2, TOKENS, 16)
+    memory = torch.randn(2, tokens, 16)
+    with pytest.raises(ValueError, match=r"key is another tensor than query"):
+        attention(x, memory, memory)
+
+
 def test_causal_encoder_does_not_look_ahead() -> None:
     model = encoder()
     replace_attention(model, 5, causal=True)
@@ -227,19 +309,23 @@ def test_nothing_to_replace_raises() -> None:
         (False, {"attn_mask": torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1)}),
         (False, {"is_causal": True}),
         (True, {"key_padding_mask": torch.full((2, TOKENS), 0.5)}),
+        (True, {"value": torch.zeros(2, TOKENS + 1, 16)}),
     ],
 )
 def test_what_it_cannot_honour_raises(causal: bool, options: dict[str, object]) -> None:
     attention, x = MultiheadLatentAttention(16, 4, 5, causal=causal), torch.randn(2, TOKENS, 16)
     with pytest.raises(ValueError, match=r"\[MultiheadLatentAttention\].* expected"):
-        attention(x, x, x, **options)
+        attention(**{"query": x, "key": x, "value": x} | options)
 
 
 # The models
 
 
-def test_model_whole_split_and_step_agree() -> None:
-    model, tokens = language_model(), torch.randint(32, (2, TOKENS))
+@pytest.mark.parametrize(
+    "options", [{}, {"conv_width": 0}, {"conv_width": 1}, {"kv_heads": 2, "tie_head": False}]
+)
+def test_model_whole_split_and_step_agree(options: dict[str, object]) -> None:
+    model, tokens = language_model(**options), torch.randint(32, (2, TOKENS))
     with torch.no_grad():
         whole = model(tokens)
         head, cache = model(tokens[:, :2], return_cache=True)
@@ -257,6 +343,45 @@ def test_model_whole_split_and_step_agree() -> None:
     close(model.step(tokens[:, 0], stepped), model.step(tokens[:, 0], filled))
 
 
+def test_gradients_cross_a_split() -> None:
+    model, tokens = language_model().double(), torch.randint(32, (2, TOKENS))
+    weight = torch.randn(2, TOKENS, 32, dtype=torch.float64)
+    wanted = torch.autograd.grad((model(tokens) * weight).sum(), list(model.parameters()))
+    head, cache = model(tokens[:, :9], return_cache=True)
+    tail = model(tokens[:, 9:], cache=cache)
+    loss = (torch.cat([head, tail], dim=1) * weight).sum()
+    gradients = torch.autograd.grad(loss, list(model.parameters()))
+    for gradient, want in zip(gradients, wanted, strict=True):
+        close(gradient, want, 1e-11)
+
+
+def test_cache_has_a_fixed_size() -> None:
+    model = language_model()
+    empty, filled = model.empty_cache(3), model.prefill(torch.randint(32, (3, 50)))[1]
+    for a, b in zip(tree_leaves(empty), tree_leaves(filled), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        # Nothing longer is kept alive behind it.
+        assert b.untyped_storage().nbytes() == b.nbytes
+
+
+def test_convolution_is_torchs() -> None:
+    block, x = LatteBlock(16, 4, 5, conv_width=4), torch.randn(2, TOKENS, 16)
+    assert block.conv is not None
+    got, tail = block.conv(x, block.conv.empty_tail(2))
+    weight = block.conv.weight.T.unsqueeze(1)
+    close(got, F.conv1d(F.pad(x.mT, (3, 0)), weight, block.conv.bias, groups=16).mT)
+    assert torch.equal(tail, x[:, -3:])
+
+
+def test_half_precision_model_steps() -> None:
+    model, tokens = language_model(dtype=torch.bfloat16), torch.randint(32, (2, TOKENS))
+    cache = model.empty_cache(2)
+    stepped = torch.stack([model.step(tokens[:, t], cache) for t in range(TOKENS)], dim=1)
+    assert cache[0].state.dtype == torch.float32
+    close(stepped, model(tokens), 0.1)
+
+
 def test_state_dict_round_trip() -> None:
     model, tokens = language_model(), torch.randint(32, (2, TOKENS))
     other = language_model()
@@ -268,12 +393,11 @@ def test_state_dict_round_trip() -> None:
 def test_model_overfits_a_tiny_batch() -> None:
     model, tokens = language_model(), torch.randint(32, (2, 17))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    with threads(1):
-        for _ in range(120):
-            loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for _ in range(120):
+        loss = F.cross_entropy(model(tokens[:, :-1]).flatten(0, 1), tokens[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     assert loss.item() < 0.1
     assert torch.equal(model.generate(tokens[:, :4], 13, temperature=0), tokens)
 
@@ -298,6 +422,10 @@ def test_encoder_ignores_padding() -> None:
     tokens = torch.randint(32, (2, TOKENS))
     mask = torch.arange(TOKENS).expand(2, -1) < 15
     close(model(tokens, key_mask=mask), model(tokens[:, :15]))
+    scattered = torch.rand(1, TOKENS) < 0.6
+    real = tokens[:, scattered[0]]
+    close(model(tokens, key_mask=scattered.expand(2, -1)), model(real))
+    assert torch.equal(model(tokens, key_mask=torch.zeros_like(mask))[0], model.head.bias)
     model(tokens, key_mask=mask).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
 
@@ -306,9 +434,15 @@ def test_encoder_ignores_padding() -> None:
     "call",
     [
         lambda: LatteBlock(16, 4, 5, conv_width=-1),
+        lambda: LatteBlock(16, 4, 5, conv_width=4, causal=False),
+        lambda: LatteBlock(16, 4, 5, conv_width=4)(
+            torch.randn(1, 3, 16), key_mask=torch.ones(1, 3, dtype=torch.bool)
+        ),
+        lambda: LatteEncoder(32, 3, 15, 1, 3, 5),
         lambda: language_model().prefill(torch.zeros(2, 0, dtype=torch.long)),
         lambda: language_model().generate(torch.zeros(1, 2, dtype=torch.long), 2, temperature=-1),
         lambda: language_model().generate(torch.zeros(1, 2, dtype=torch.long), 2, top_k=0),
+        lambda: language_model().generate(torch.zeros(1, 2, dtype=torch.long), 2, top_k=33),
     ],
 )
 def test_bad_model_calls_raise(call: Callable[[], object]) -> None:
