@@ -5,7 +5,6 @@
 
 #include <pybind11/pybind11.h>
 
-#include <stdexcept>
 #include <string>
 
 #include "latte/latte.h"
@@ -15,13 +14,13 @@ namespace latte::python {
 namespace py = pybind11;
 
 inline DType dtype_from_torch(const py::handle& dtype) {
-  // Interned dtype objects of torch, in the order of DType; looked up once.
+  // torch's dtype objects in the order of DType, looked up once and never released: they outlive
+  // the interpreter's shutdown.
   static const py::object* const kinds = [] {
-    static py::object table[7];
     const py::module_ torch = py::module_::import("torch");
-    const char* names[] = {"float32", "float64", "bfloat16", "float16", "bool", "int32", "int64"};
-    for (int i = 0; i < 7; ++i) table[i] = torch.attr(names[i]);
-    return new py::object[7]{table[0], table[1], table[2], table[3], table[4], table[5], table[6]};
+    return new py::object[7]{torch.attr("float32"), torch.attr("float64"), torch.attr("bfloat16"),
+                             torch.attr("float16"), torch.attr("bool"),    torch.attr("int32"),
+                             torch.attr("int64")};
   }();
   for (int i = 0; i < 7; ++i)
     if (kinds[i].is(dtype)) return static_cast<DType>(i);

@@ -297,3 +297,8 @@ def threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def time_major(x: Tensor) -> Tensor:
+    """(B,H,T,C) stored as (B,T,H,C): the transposed view that a projection gives."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)

@@ -29,7 +29,7 @@ struct Tensor {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
-// The summary of a set of tokens per head and latent (Section 3 of docs/mathematics.md):
+// The summary of a set of tokens per head and latent (reference.py defines it in Python):
 //   max (N,Hk,L) = max_s k_s, -inf for the empty set;  norm (N,Hk,L) = sum_s exp(k_s - max);
 //   mean (N,Hk,L,D) = sum_s softmax(k)_s v_s.
 // float64 if q, k and v are float64, float32 otherwise.

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Causal latent attention of one head, forward and backward (latte, Sections 4 and 5).
+// Causal latent attention of one head, forward and backward.
 //
 // Backward, with S the unnormalised state, u_t = dP_t = (dy_t . S_t) / z_t, w = p / z:
 //   dq_t = p_t (u_t - <p_t, u_t>)

@@ -20,10 +20,6 @@
 #define LATTE_VECTOR_BYTES 16
 #endif
 
-#if defined(__FMA__) || defined(__ARM_FEATURE_FMA)
-#define LATTE_FMA 1
-#endif
-
 #define LATTE_INLINE __attribute__((always_inline)) inline
 
 namespace latte::LATTE_ISA {
@@ -111,11 +107,11 @@ LATTE_INLINE bool any_greater(VecF a, VecF b) {
 #endif
 
 // Fixed reduction trees: the same bits for the same row, whatever surrounds it (T7).
-template <class T, int64_t kWidth = kLanes<T>>
+template <class T>
 LATTE_INLINE T reduce_add(Vec<T> x) {
   T lane[kLanes<T>];
   store(lane, x);
-  for (int64_t half = kWidth / 2; half > 0; half /= 2)
+  for (int64_t half = kLanes<T> / 2; half > 0; half /= 2)
     for (int64_t i = 0; i < half; ++i) lane[i] += lane[i + half];
   return lane[0];
 }
@@ -214,8 +210,8 @@ LATTE_INLINE VecF exp(VecF x) {
   fraction = _mm256_fmadd_ps((__m256)x, _mm256_set1_ps(1.925963033500e-8f), fraction);
   const VecF z = (VecF)shifted, f = (VecF)fraction;
 #else
-  // Without fused multiply-add the fraction comes from Cody and Waite's split of log(2); the
-  // volatile-free form is safe because the baseline is built with -ffp-contract=off.
+  // Without fused multiply-add the fraction comes from Cody and Waite's split of log(2), which
+  // needs the compiler to contract nothing: the baseline is built with -ffp-contract=off.
   const VecF z = x * 1.44269504088896341f + magic;
   const VecF n = z - magic;
   const VecF f = ((x - n * 0.693359375f) - n * -2.12194440e-4f) * 1.44269504088896341f;

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// merge(a, b) of latte, Section 3: the state of the union of two token sets.
+// The state of the union of two token sets: reference.merge, for the C++ user.
 #include <cmath>
 
 #include "common/validate.h"

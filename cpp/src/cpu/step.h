@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// One token of one key/value head, state updated in place (latte, Section 6):
+// One token of one key/value head, state updated in place:
 //
 //   max' = max(max, k)    norm' = norm exp(max - max') + exp(k - max')
 //   alpha = exp(k - max') / norm'    mean += alpha (x) (v - mean)    y = softmax(q) . mean
