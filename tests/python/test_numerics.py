@@ -166,6 +166,30 @@ def test_equal_keys_average() -> None:
     assert (state.norm == 20_000).all()
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("period", [1, 5, 8])
+def test_tied_keys_do_not_drift(causal: bool, period: int) -> None:
+    """Equal additions round the same way: carried from token to token, these drift by 4e-4."""
+    tokens = 65_536
+    q = torch.randn(1, 1, tokens, 4)
+    k = torch.tensor([0.1, 0.7, 0.3, 1.1, 0.2, 0.9, 0.15, 0.35]).log()[:period]
+    k = k.repeat(tokens // period + 1)[:tokens, None] * torch.arange(1, 5)
+    k[0] = 0
+    v, dy = torch.randn(2, 1, 1, tokens, 5).unbind()
+    v += 1
+    got = [x.clone().requires_grad_() for x in (q, k[None, None], v)]
+    want = [x.detach().double().requires_grad_() for x in got]
+    y, y64 = (latent_attention(*x, causal=causal) for x in (got, want))
+    assert (y - y64).abs().max() < 3e-5
+    assert (y - y64)[:, :, -1].abs().max() < 1e-5
+    y.backward(dy)
+    y64.backward(dy.double())
+    # dq is a difference of nearly equal means here: its natural scale is that of dy . v.
+    scales = (dy.norm(), want[1].grad.norm(), want[2].grad.norm())
+    for x, x64, natural in zip(got, want, scales, strict=True):
+        assert (x.grad - x64.grad).norm() < 5e-5 * natural
+
+
 def test_no_growth_of_error_with_length() -> None:
     """y shrinks as 1 / sqrt(t) here, yet stays close to float64 for every token."""
     q, k = torch.randn(2, 1, 1, 30_000, 4).unbind()

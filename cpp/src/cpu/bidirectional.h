@@ -110,7 +110,7 @@ class Bidirectional {
       Prepared<T> prepared;
       prepared.ew = s_.ew;
       prepared.alpha = s_.alpha;
-      const bool rise = prepare<T, Operands::keys_only>(n, width_, nullptr, 0, ks.data, ks.stride,
+      const Keys keys = prepare<T, Operands::keys_only>(n, width_, nullptr, 0, ks.data, ks.stride,
                                                         norm_, prepared);
       pack_blocks(v_, first, n, s_.v);
       ScanOperands<T> scan = scan_operands<T>(n, s_.ew, s_.v, nullptr, mean_);
@@ -122,7 +122,7 @@ class Bidirectional {
         next.pace(tile_count(mean_));
         scan.prefetch = &next;
       }
-      if (rise) {
+      if (keys == Keys::rising) {
         scan_tiles<T, Part::update_only, Decay::rows_before>(scan);
       } else {
         scan_tiles<T, Part::update_only, Decay::none>(scan);

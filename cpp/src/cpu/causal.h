@@ -17,7 +17,7 @@ namespace latte::LATTE_ISA {
 
 template <class T>
 struct CausalForwardScratch {
-  T *q, *k, *p, *ew, *alpha, *v, *y, *r, *z, *top, *state;
+  T *q, *k, *p, *ew, *alpha, *v, *y, *r, *z, *top, *state, *own;
 
   CausalForwardScratch(Arena& arena, const HeadTask& task) {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
@@ -32,6 +32,7 @@ struct CausalForwardScratch {
     z = arena.take<T>(width);
     top = arena.take<T>(width);
     state = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
+    own = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
   }
 };
 
@@ -55,7 +56,7 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
   for (int64_t first = 0; first < rows; first += kChunk) {
     const int64_t n = rows - first < kChunk ? rows - first : kChunk;
     const RowsInUse<T> qs(q, first, n, s.q, stride), ks(k, first, n, s.k, stride);
-    const bool rise = prepare<T, Operands::forward>(n, width, qs.data, qs.stride, ks.data,
+    const Keys keys = prepare<T, Operands::forward>(n, width, qs.data, qs.stride, ks.data,
                                                     ks.stride, norm, prepared);
     pack_blocks(v, first, n, s.v);
     PrefetchList next;
@@ -73,8 +74,10 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
       next.pace(tile_count(state));
       scan.prefetch = &next;
     }
-    if (rise) {
+    if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::rows_before>(scan);
+    } else if (keys == Keys::tied) {
+      scan_tied(scan, Tiles<T>{s.own, task.latents, task.dim});
     } else {
       scan_tiles<T, Part::both, Decay::none>(scan);
     }
@@ -177,7 +180,7 @@ class CausalBackward {
       __builtin_memcpy(border(first), s_.r, width_ * sizeof(T));
       __builtin_memcpy(border(first) + width_, s_.z, width_ * sizeof(T));
       const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
-      const bool rise = prepare<T, Operands::gradient_forward>(
+      const Keys keys = prepare<T, Operands::gradient_forward>(
           n, width_, qs.data, qs.stride, ks.data, ks.stride, norm_, prepared());
       pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, nullptr);
       PrefetchList next;
@@ -193,8 +196,11 @@ class CausalBackward {
         next.pace(tile_count(forward_state_));
         scan.prefetch = &next;
       }
-      if (rise) {
+      if (keys == Keys::rising) {
         scan_tiles<T, Part::both, Decay::columns_before>(scan);
+      } else if (keys == Keys::tied) {
+        // R^T is not in use before pass R.
+        scan_tied(scan, r_transposed_);
       } else {
         scan_tiles<T, Part::both, Decay::none>(scan);
       }
@@ -250,7 +256,7 @@ class CausalBackward {
     __builtin_memcpy(s_.r, border(first), width_ * sizeof(T));
     __builtin_memcpy(s_.z, border(first) + width_, width_ * sizeof(T));
     const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
-    const bool rise = prepare<T, Operands::gradient_reverse>(n, width_, qs.data, qs.stride, ks.data,
+    const Keys keys = prepare<T, Operands::gradient_reverse>(n, width_, qs.data, qs.stride, ks.data,
                                                              ks.stride, norm_, prepared());
     pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, s_.g);
     PrefetchList next;
@@ -276,7 +282,7 @@ class CausalBackward {
       next.pace(tile_count(r_state_) + tile_count(r_transposed_));
       rows.prefetch = columns.prefetch = &next;
     }
-    if (rise) {
+    if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::rows_after>(rows);
       scan_tiles<T, Part::both, Decay::columns_after>(columns);
       key_gradient<true>(first, n);

@@ -86,6 +86,10 @@ struct Tiles {
   T& at(int64_t i, int64_t j) const {
     return tile(i / kRows<T>, j / kColumns<T>)[i % kRows<T> * kColumns<T> + j % kColumns<T>];
   }
+  void add(const Tiles& other) const {
+    for (int64_t i = 0; i < size(a, b); i += kLanes<T>)
+      store(data + i, load(data + i) + load(other.data + i));
+  }
   void clear() const { __builtin_memset(data, 0, size(a, b) * sizeof(T)); }
 };
 
@@ -141,13 +145,14 @@ class PrefetchList {
 template <class T>
 struct ScanOperands {
   int64_t tokens;
-  int64_t chunk;          // tokens that the packed blocks have room for
-  bool reverse = false;   // from the last token to the first
-  const T* xg = nullptr;  // paired
-  bool swap = false;      // the pair holds [G | X]
-  const T* y = nullptr;   // blocked
-  T* o = nullptr;         // blocked
-  T* direct = nullptr;    // if set, O's final rows go here: row stride direct_stride
+  int64_t chunk;            // tokens that the packed blocks have room for
+  bool reverse = false;     // from the last token to the first
+  const T* xg = nullptr;    // paired
+  bool swap = false;        // the pair holds [G | X]
+  bool accumulate = false;  // O holds a first term
+  const T* y = nullptr;     // blocked
+  T* o = nullptr;           // blocked
+  T* direct = nullptr;      // if set, O's final rows go here: row stride direct_stride
   int64_t direct_stride = 0;
   const T* alpha = nullptr;  // blocked, of the decayed side
   Tiles<T> state;
@@ -171,11 +176,15 @@ inline void scan_tile(TileStreams<T> p) {
   constexpr bool by_column = kDecay == Decay::columns_before || kDecay == Decay::columns_after;
   constexpr bool before = kDecay == Decay::rows_before || kDecay == Decay::columns_before;
   constexpr bool after = kDecay == Decay::rows_after || kDecay == Decay::columns_after;
+  // Without an output the chunk can have a sum of its own for free, added to the state at the end:
+  // the error of tied keys then grows with the chunks, not with the tokens.
+  constexpr bool own_sum = kPart == Part::update_only && kDecay == Decay::none;
   Vec<T> s[R][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-    for (int j = 0; j < kVectors; ++j) s[i][j] = load(p.state + i * kColumns<T> + j * lanes);
+    for (int j = 0; j < kVectors; ++j)
+      s[i][j] = own_sum ? Vec<T>{} : load(p.state + i * kColumns<T> + j * lanes);
 
   for (int64_t t = 0; t < p.tokens; ++t) {
     prefetch<2>(p.prefetch.line[0]);
@@ -233,7 +242,10 @@ inline void scan_tile(TileStreams<T> p) {
 #pragma GCC unroll 16
     for (int i = 0; i < R; ++i)
 #pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) store(p.state + i * kColumns<T> + j * lanes, s[i][j]);
+      for (int j = 0; j < kVectors; ++j) {
+        T* const state = p.state + i * kColumns<T> + j * lanes;
+        store(state, own_sum ? load(state) + s[i][j] : s[i][j]);
+      }
   }
 }
 
@@ -271,7 +283,7 @@ inline void scan_tiles(const ScanOperands<T>& operands) {
                               : PrefetchList::Pair{{reinterpret_cast<const char*>(p.state),
                                                     reinterpret_cast<const char*>(p.state)},
                                                    {0, 0}};
-      if (rb == 0) {
+      if (rb == 0 && !s.accumulate) {
         narrow ? scan_tile<T, 1, kPart, true, kDecay>(p) : scan_tile<T, 2, kPart, true, kDecay>(p);
       } else {
         narrow ? scan_tile<T, 1, kPart, false, kDecay>(p)
@@ -279,6 +291,22 @@ inline void scan_tiles(const ScanOperands<T>& operands) {
       }
     }
   }
+}
+
+// The chunk of tied keys: its own sum starts from zero in `own`, and the state before it gives its
+// share of O apart. 6 A B operations per token.
+template <class T>
+inline void scan_tied(const ScanOperands<T>& operands, const Tiles<T>& own) {
+  ScanOperands<T> s = operands;
+  s.direct = nullptr;
+  s.prefetch = nullptr;
+  scan_tiles<T, Part::output_only, Decay::none>(s);
+  own.clear();
+  s = operands;
+  s.accumulate = true;
+  s.state = own;
+  scan_tiles<T, Part::both, Decay::none>(s);
+  operands.state.add(own);
 }
 
 template <class T>
