@@ -45,6 +45,32 @@ TEST(Threads, PackedCountDoesNotChangeABit) {
   EXPECT_EQ(outputs(c), one);
 }
 
+// Sequences long enough to be cut, against the token by token reference.
+TEST(Threads, ACutSequenceIsTheWhole) {
+  for (const bool causal : {true, false})
+    for (const Keys keys : {Keys::normal, Keys::rising})
+      for (const int threads : {2, 5}) {
+        Case c;
+        c.heads = 2, c.kv_heads = 1, c.tokens = 2500, c.latents = 5, c.dim = 9;
+        c.causal = causal, c.initial = causal, c.masked = true, c.keys = keys;
+        c.threads = threads;
+        c.set_type(threads == 2 ? DType::float64 : DType::float32);
+        SCOPED_TRACE(c.text());
+        Call call(c);
+        call.forward(), call.check_forward();
+        call.backward(), call.check_backward();
+      }
+}
+
+TEST(Threads, TheLongOneOfPackedSequencesIsCut) {
+  Case c;
+  c.heads = 1, c.kv_heads = 1, c.latents = 17, c.dim = 16, c.tokens = 5000;
+  c.borders = {0, 0, 30, 4200, 5000}, c.initial = true, c.threads = 3;
+  Call call(c);
+  call.forward(), call.check_forward();
+  call.backward(), call.check_backward();
+}
+
 TEST(Threads, ConcurrentCallers) {
   for (const int inner : {1, 2}) {
     std::vector<Case> cases;

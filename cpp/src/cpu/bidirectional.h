@@ -17,8 +17,8 @@ struct BidirectionalScratch {
   T *q, *k, *p, *dq, *dk;  // rows of L
   T *ew, *alpha, *u;       // paired and blocked over L
   T *v, *y, *vg;           // blocked and paired over D
-  T *r, *z, *top, *h0;
-  T *mean, *mean_transposed, *h, *h_transposed;
+  T *r, *z, *top, *h0 = nullptr;
+  T *mean, *mean_transposed = nullptr, *h = nullptr, *h_transposed = nullptr;
 
   BidirectionalScratch(Arena& arena, const HeadTask& task, bool backward) {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
@@ -47,65 +47,127 @@ class Bidirectional {
   Bidirectional(const HeadTask& task, Arena arena, bool backward)
       : task_(task), s_(arena, task, backward) {}
 
+  void summarise() {
+    sum_keys();
+    finish_state(task_.final, task_.latents, task_.dim, norm_, mean_, true);
+  }
+  void output() {
+    load_state();
+    if (task_.final.norm) copy_state<T>(task_.initial, task_.final, task_.latents, task_.dim);
+    read_mean();
+  }
   void forward() {
     summarise();
+    read_mean();
+  }
+
+  void gather() {
+    load_state();
+    start_gradient();
+    gather_queries();
+    const HeadState& carry = task_.carry_out;
+    for (int64_t l = 0; l < task_.latents; ++l)
+      for (int64_t d = 0; d < task_.dim; ++d)
+        static_cast<T*>(carry.mean)[l * carry.mean_stride_l + d * carry.mean_stride_d] =
+            h_.at(l, d);
+  }
+  void spread() {
+    load_state();
+    start_gradient();
+    const HeadState& carry = task_.carry_in;
+    for (int64_t l = 0; l < task_.latents; ++l)
+      for (int64_t d = 0; d < task_.dim; ++d)
+        h_.at(l, d) = read<T>(carry.mean, l * carry.mean_stride_l + d * carry.mean_stride_d);
+    finish_h();
+    spread_to_keys();
+  }
+  void backward() {
+    sum_keys();
+    start_gradient();
+    gather_queries();
+    finish_h();
+    spread_to_keys();
+  }
+
+ private:
+  static int64_t tokens_in_chunk(int64_t first, int64_t end) {
+    return end - first < kChunk ? end - first : kChunk;
+  }
+
+  // The state of all keys, which other stages have summed: reference and normaliser are its own.
+  void load_state() {
+    const HeadState& state = task_.initial;
+    mean_.clear();
+    for (int64_t l = 0; l < width_; ++l) {
+      s_.r[l] = kLowest<T>;
+      s_.z[l] = 0;
+      s_.top[l] = kAbsentLogit<T>;
+    }
+    for (int64_t l = 0; l < task_.latents; ++l) {
+      s_.z[l] = read<T>(state.norm, l * state.norm_stride);
+      s_.top[l] = read<T>(state.max, l * state.max_stride);
+      s_.r[l] = s_.top[l] > kLowest<T> ? s_.top[l] : kLowest<T>;
+      for (int64_t d = 0; d < task_.dim; ++d)
+        mean_.at(l, d) = read<T>(state.mean, l * state.mean_stride_l + d * state.mean_stride_d);
+    }
+  }
+
+  void start_gradient() {
+    mean_transposed_.clear();
+    h_transposed_.clear();
+    h_.clear();
+    for (int64_t l = 0; l < task_.latents; ++l)
+      for (int64_t d = 0; d < task_.dim; ++d) mean_transposed_.at(d, l) = mean_.at(l, d);
+  }
+
+  // The gradient of the returned state joins H; h0 = norm d_norm - H . mean.
+  void finish_h() {
+    const HeadState& d_final = task_.d_final;
+    for (int64_t l = 0; l < width_; ++l) s_.h0[l] = 0;
+    for (int64_t l = 0; l < task_.latents; ++l) {
+      T dot = 0;
+      for (int64_t d = 0; d < task_.dim; ++d) {
+        T& h = h_.at(l, d);
+        if (d_final.mean)
+          h += read<T>(d_final.mean, l * d_final.mean_stride_l + d * d_final.mean_stride_d);
+        h_transposed_.at(d, l) = h;
+        dot += h * mean_.at(l, d);
+      }
+      const T norm = s_.z[l] == 0 ? T(0) : s_.z[l] * exp_scalar(s_.r[l] - s_.top[l]);
+      const T d_norm = d_final.norm ? read<T>(d_final.norm, l * d_final.norm_stride) : T(0);
+      s_.h0[l] = norm * d_norm - dot;
+    }
+  }
+
+  // y of the stage's queries.
+  void read_mean() {
     const Sink<T> y(task_.y, PerRow::every, task_.dim, task_.group);
-    const int64_t rows = task_.tokens * task_.group;
-    for (int64_t first = 0; first < rows; first += kChunk) {
-      const int64_t n = tokens_in_chunk(first, rows);
+    const int64_t end = task_.end * task_.group;
+    for (int64_t first = task_.begin * task_.group; first < end; first += kChunk) {
+      const int64_t n = tokens_in_chunk(first, end);
       latent_probabilities(first, n);
       ScanOperands<T> scan = scan_operands<T>(n, s_.ew, nullptr, s_.y, mean_);
       if (y.in_place()) {
         scan.direct = y.row_in_place(first);
         scan.direct_stride = y.stride_in_place();
       }
+      PrefetchList next;
+      if (first + n < end) {
+        next.add(q_, first + n);
+        next.add(y, first + n);
+        next.pace(tile_count(mean_));
+        scan.prefetch = &next;
+      }
       scan_tiles<T, Part::output_only, Decay::none>(scan);
       flush_blocks(y, first, n, s_.y);
     }
-    finish_state(task_.final, task_.latents, task_.dim, norm_, mean_, true);
   }
 
-  void backward() {
-    summarise();
-    const Tiles<T> mean_transposed{s_.mean_transposed, task_.dim, task_.latents};
-    const Tiles<T> h{s_.h, task_.latents, task_.dim};
-    const Tiles<T> h_transposed{s_.h_transposed, task_.dim, task_.latents};
-    mean_transposed.clear();
-    h_transposed.clear();
-    h.clear();
-    for (int64_t l = 0; l < task_.latents; ++l)
-      for (int64_t d = 0; d < task_.dim; ++d) {
-        mean_transposed.at(d, l) = mean_.at(l, d);
-        if (task_.d_final.mean)
-          h.at(l, d) = read<T>(task_.d_final.mean,
-                               l * task_.d_final.mean_stride_l + d * task_.d_final.mean_stride_d);
-      }
-    gather_queries(mean_transposed, h);
-    for (int64_t l = 0; l < width_; ++l) s_.h0[l] = 0;
-    for (int64_t l = 0; l < task_.latents; ++l) {
-      T dot = 0;
-      for (int64_t d = 0; d < task_.dim; ++d) {
-        h_transposed.at(d, l) = h.at(l, d);
-        dot += h.at(l, d) * mean_.at(l, d);
-      }
-      const T norm = s_.z[l] == 0 ? T(0) : s_.z[l] * exp_scalar(s_.r[l] - s_.top[l]);
-      const T d_norm =
-          task_.d_final.norm ? read<T>(task_.d_final.norm, l * task_.d_final.norm_stride) : T(0);
-      s_.h0[l] = norm * d_norm - dot;
-    }
-    spread_to_keys(h, h_transposed);
-  }
-
- private:
-  static int64_t tokens_in_chunk(int64_t first, int64_t rows) {
-    return rows - first < kChunk ? rows - first : kChunk;
-  }
-
-  // The state of all tokens, with its mean in the tiles.
-  void summarise() {
+  // The state of the stage's keys, with its mean in the tiles.
+  void sum_keys() {
     start_state(HeadState(), task_.latents, task_.dim, width_, norm_, mean_, false);
-    for (int64_t first = 0; first < task_.tokens; first += kChunk) {
-      const int64_t n = tokens_in_chunk(first, task_.tokens);
+    for (int64_t first = task_.begin; first < task_.end; first += kChunk) {
+      const int64_t n = tokens_in_chunk(first, task_.end);
       const RowsInUse<T> ks(k_, first, n, s_.k, stride_);
       Prepared<T> prepared;
       prepared.ew = s_.ew;
@@ -116,7 +178,7 @@ class Bidirectional {
       ScanOperands<T> scan = scan_operands<T>(n, s_.ew, s_.v, nullptr, mean_);
       scan.alpha = s_.alpha;
       PrefetchList next;
-      if (first + n < task_.tokens) {
+      if (first + n < task_.end) {
         next.add(k_, first + n);
         next.add(v_, first + n);
         next.pace(tile_count(mean_));
@@ -148,18 +210,27 @@ class Bidirectional {
   }
 
   // H += p (x) dy and dq over all queries.
-  void gather_queries(const Tiles<T>& mean_transposed, const Tiles<T>& h) {
+  void gather_queries() {
     const Source<T> dy = output_gradient<T>(task_);
     const Sink<T> dq(task_.dq, PerRow::every, task_.latents, task_.group);
-    const int64_t rows = task_.tokens * task_.group;
+    const int64_t end = task_.end * task_.group;
     const T scale = T(task_.scale);
-    for (int64_t first = 0; first < rows; first += kChunk) {
-      const int64_t n = tokens_in_chunk(first, rows);
+    for (int64_t first = task_.begin * task_.group; first < end; first += kChunk) {
+      const int64_t n = tokens_in_chunk(first, end);
       latent_probabilities(first, n);
       pair_twice(dy, first, n, s_.v);
-      scan_tiles<T, Part::update_only, Decay::none>(scan_operands<T>(n, s_.ew, s_.v, nullptr, h));
-      scan_tiles<T, Part::output_only, Decay::none>(
-          scan_operands<T>(n, s_.vg, nullptr, s_.u, mean_transposed));
+      ScanOperands<T> update = scan_operands<T>(n, s_.ew, s_.v, nullptr, h_);
+      ScanOperands<T> output = scan_operands<T>(n, s_.vg, nullptr, s_.u, mean_transposed_);
+      PrefetchList next;
+      if (first + n < end) {
+        next.add(q_, first + n);
+        next.add(dy, first + n);
+        next.add(dq, first);
+        next.pace(tile_count(h_) + tile_count(mean_transposed_));
+        update.prefetch = output.prefetch = &next;
+      }
+      scan_tiles<T, Part::update_only, Decay::none>(update);
+      scan_tiles<T, Part::output_only, Decay::none>(output);
       const RowsResult<T> result(dq, first, s_.dq, stride_);
       for (int64_t t = 0; t < n; ++t) {
         const T* p = s_.p + t * stride_;
@@ -177,12 +248,12 @@ class Bidirectional {
   }
 
   // dv = w H and dk = w (v H^T + h0) over all keys.
-  void spread_to_keys(const Tiles<T>& h, const Tiles<T>& h_transposed) {
+  void spread_to_keys() {
     const Sink<T> dk(task_.dk, PerRow::first, task_.latents, 1);
     const Sink<T> dv(task_.dv, PerRow::first, task_.dim, 1);
     const T scale = T(task_.scale);
-    for (int64_t first = 0; first < task_.tokens; first += kChunk) {
-      const int64_t n = tokens_in_chunk(first, task_.tokens);
+    for (int64_t first = task_.begin; first < task_.end; first += kChunk) {
+      const int64_t n = tokens_in_chunk(first, task_.end);
       const RowsInUse<T> ks(k_, first, n, s_.k, stride_);
       for (int64_t l = 0; l < width_; l += kLanes<T>) {
         const Vec<T> r = load(s_.r + l);
@@ -194,14 +265,23 @@ class Bidirectional {
         }
       }
       pair_twice(v_, first, n, nullptr);
-      ScanOperands<T> values = scan_operands<T>(n, s_.ew, nullptr, s_.y, h);
+      ScanOperands<T> values = scan_operands<T>(n, s_.ew, nullptr, s_.y, h_);
+      ScanOperands<T> keys = scan_operands<T>(n, s_.vg, nullptr, s_.u, h_transposed_);
       if (dv.in_place()) {
         values.direct = dv.row_in_place(first);
         values.direct_stride = dv.stride_in_place();
       }
+      PrefetchList next;
+      if (first + n < task_.end) {
+        next.add(k_, first + n);
+        next.add(v_, first + n);
+        next.add(dv, first + n);
+        next.add(dk, first);
+        next.pace(tile_count(h_) + tile_count(h_transposed_));
+        values.prefetch = keys.prefetch = &next;
+      }
       scan_tiles<T, Part::output_only, Decay::none>(values);
-      scan_tiles<T, Part::output_only, Decay::none>(
-          scan_operands<T>(n, s_.vg, nullptr, s_.u, h_transposed));
+      scan_tiles<T, Part::output_only, Decay::none>(keys);
       const RowsResult<T> result(dk, first, s_.dk, stride_);
       for (int64_t t = 0; t < n; ++t)
         for (int64_t l = 0; l < width_; l += kLanes<T>) {
@@ -228,6 +308,9 @@ class Bidirectional {
   const int64_t width_ = round_up<T>(task_.latents), stride_ = padded_stride<T>(width_);
   const Normaliser<T> norm_{s_.r, s_.z, s_.top};
   const Tiles<T> mean_{s_.mean, task_.latents, task_.dim};
+  const Tiles<T> mean_transposed_{s_.mean_transposed, task_.dim, task_.latents};
+  const Tiles<T> h_{s_.h, task_.latents, task_.dim};
+  const Tiles<T> h_transposed_{s_.h_transposed, task_.dim, task_.latents};
 };
 
 }  // namespace latte::LATTE_ISA

@@ -39,8 +39,8 @@ struct CausalForwardScratch {
 template <class T>
 inline void causal_forward(const HeadTask& task, Arena arena) {
   const CausalForwardScratch<T> s(arena, task);
-  const int64_t rows = task.tokens * task.group, width = round_up<T>(task.latents);
-  const int64_t stride = padded_stride<T>(width);
+  const int64_t begin = task.begin * task.group, end = task.end * task.group;
+  const int64_t width = round_up<T>(task.latents), stride = padded_stride<T>(width);
   const Source<T> q = logits_q<T>(task), k = logits_k<T>(task, task.group);
   const Source<T> v = values<T>(task, task.group);
   const Sink<T> y(task.y, PerRow::every, task.dim, task.group);
@@ -53,8 +53,8 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
   prepared.alpha = s.alpha;
   start_state(task.initial, task.latents, task.dim, width, norm, state, false);
 
-  for (int64_t first = 0; first < rows; first += kChunk) {
-    const int64_t n = rows - first < kChunk ? rows - first : kChunk;
+  for (int64_t first = begin; first < end; first += kChunk) {
+    const int64_t n = end - first < kChunk ? end - first : kChunk;
     const RowsInUse<T> qs(q, first, n, s.q, stride), ks(k, first, n, s.k, stride);
     const Keys keys = prepare<T, Operands::forward>(n, width, qs.data, qs.stride, ks.data,
                                                     ks.stride, norm, prepared);
@@ -66,7 +66,7 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
       scan.direct = y.row_in_place(first);
       scan.direct_stride = y.stride_in_place();
     }
-    if (first + n < rows) {
+    if (first + n < end) {
       next.add(k, first + n);
       next.add(q, first + n);
       next.add(v, first + n);
@@ -83,32 +83,43 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
     }
     flush_blocks(y, first, n, s.y);
   }
-  if (rows == 0 && task.initial.norm && task.final.norm) {
+  if (begin == end && task.initial.norm && task.final.norm) {
     copy_state<T>(task.initial, task.final, task.latents, task.dim);
   } else {
     finish_state(task.final, task.latents, task.dim, norm, state, false);
   }
 }
 
+// What the stages of one backward task have in common.
+template <class T>
+struct CausalShared {
+  T *borders, *wu;
+
+  CausalShared(Arena& arena, const HeadTask& task) {
+    const int64_t width = round_up<T>(task.latents), rows = task.tokens * task.group;
+    borders = arena.take<T>((rows + kChunk - 1) / kChunk * 2 * width);
+    // w u waits in dk for pass R where dk can hold it.
+    const RowView<T> dk(task.dk, PerRow::first, task.latents, task.group);
+    wu = dk.in_place() ? nullptr : arena.take<T>(rows * padded_stride<T>(width));
+  }
+};
+
 template <class T>
 struct CausalBackwardScratch {
   T *q, *k, *p, *w, *inverse_z, *dq, *dk;  // rows of L
   T *ew, *alpha, *weights, *u;             // e|w paired; blocked over L
   T *vg, *g, *dv;                          // v|dy paired; blocked over D
-  T *r, *z, *top, *c, *borders, *wu;
+  T *r, *z, *top, *c, *frame;
   T *forward_state, *r_state, *r_transposed;
 
-  CausalBackwardScratch(Arena& arena, const HeadTask& task, bool wu_in_place) {
+  CausalBackwardScratch(Arena& arena, const HeadTask& task) {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
-    const int64_t rows = task.tokens * task.group;
     for (T** p_row : {&q, &k, &p, &w, &inverse_z, &dq, &dk}) *p_row = arena.take<T>(row);
     ew = arena.take<T>(paired_size<T>(width, kChunk));
     for (T** block : {&alpha, &weights, &u}) *block = arena.take<T>(blocked_size<T>(width, kChunk));
     vg = arena.take<T>(paired_size<T>(task.dim, kChunk));
     for (T** block : {&g, &dv}) *block = arena.take<T>(blocked_size<T>(task.dim, kChunk));
-    for (T** per_latent : {&r, &z, &top, &c}) *per_latent = arena.take<T>(width);
-    borders = arena.take<T>((rows + kChunk - 1) / kChunk * 2 * width);
-    wu = wu_in_place ? nullptr : arena.take<T>(rows * padded_stride<T>(width));
+    for (T** per_latent : {&r, &z, &top, &c, &frame}) *per_latent = arena.take<T>(width);
     const int64_t transposed = Tiles<T>::size(task.dim, task.latents);
     forward_state = arena.take<T>(transposed);
     r_transposed = arena.take<T>(transposed);
@@ -141,25 +152,74 @@ class CausalBackward {
         dq_(task.dq, PerRow::every, task.latents, task.group),
         dk_(task.dk, PerRow::first, task.latents, task.group),
         dv_(task.dv, PerRow::first, task.dim, task.group),
-        s_(arena, task, dk_.in_place()) {
-    // w u waits in dk for pass R where dk can hold it.
-    wu_ = dk_.in_place() ? dk_.row_in_place(0) : s_.wu;
-    wu_stride_ = dk_.in_place() ? dk_.stride_in_place() : stride_;
+        s_(arena, task) {
+    Arena common(task.shared);
+    const CausalShared<T> shared(common, task);
+    borders_ = shared.borders;
+    wu_ = shared.wu ? shared.wu : dk_.row_in_place(0);
+    wu_stride_ = shared.wu ? stride_ : dk_.stride_in_place();
   }
 
-  void run() {
-    pass_forward();
-    seed();
-    for (int64_t first = (rows_ - 1) / kChunk * kChunk; first >= 0 && rows_ > 0; first -= kChunk)
-      pass_reverse(first);
-    initial_gradient();
+  // Pass F: dq, the chunk borders, w u, and the state after the last token.
+  void forward() {
+    start_state(task_.initial, task_.latents, task_.dim, width_, norm_, forward_state_, true);
+    for (int64_t first = begin_; first < end_; first += kChunk) forward_chunk(first);
+    finish_state(task_.final, task_.latents, task_.dim, norm_, forward_state_, false, true);
+  }
+
+  // R and c at the first token, of the stage's own queries.
+  void summarise() {
+    clear_carry();
+    for (int64_t first = last_chunk(); first >= begin_; first -= kChunk) {
+      const int64_t n = tokens_in_chunk(first);
+      const Keys keys = prepare_reverse(first, n);
+      pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, s_.g);
+      ScanOperands<T> rows = scan_operands<T>(n, s_.ew, s_.g, nullptr, r_state_);
+      rows.swap = rows.reverse = true;
+      rows.alpha = s_.alpha;
+      PrefetchList next;
+      if (first > begin_) {
+        next.add(k_, first - kChunk);
+        next.add(q_, first - kChunk);
+        next.add(dy_, first - kChunk);
+        next.pace(tile_count(r_state_));
+        rows.prefetch = &next;
+      }
+      if (keys == Keys::rising) {
+        scan_tiles<T, Part::update_only, Decay::rows_after>(rows);
+        carry_queries<true>(first, n);
+      } else {
+        scan_tiles<T, Part::update_only, Decay::none>(rows);
+        carry_queries<false>(first, n);
+      }
+    }
+    store_carry();
+  }
+
+  // Pass R: dk and dv, and at token 0 the gradient of the initial state.
+  void reverse() {
+    clear_carry();
+    task_.carry_in.norm ? load_carry() : seed();
+    for (int64_t first = last_chunk(); first >= begin_; first -= kChunk) reverse_chunk(first);
+    if (task_.carry_out.norm) store_carry();
+    if (begin_ == 0) initial_gradient();
+  }
+
+  void whole() {
+    forward();
+    reverse();
   }
 
  private:
   int64_t tokens_in_chunk(int64_t first) const {
-    return rows_ - first < kChunk ? rows_ - first : kChunk;
+    return end_ - first < kChunk ? end_ - first : kChunk;
   }
-  T* border(int64_t first) const { return s_.borders + first / kChunk * 2 * width_; }
+  // Its first row; before begin_ if there is none.
+  int64_t last_chunk() const {
+    return end_ == begin_ ? begin_ - 1 : begin_ + (end_ - begin_ - 1) / kChunk * kChunk;
+  }
+  // r and z before a chunk.
+  T* border(int64_t first) const { return borders_ + first / kChunk * 2 * width_; }
 
   Prepared<T> prepared() const {
     Prepared<T> out;
@@ -173,39 +233,36 @@ class CausalBackward {
     return out;
   }
 
-  void pass_forward() {
-    start_state(task_.initial, task_.latents, task_.dim, width_, norm_, forward_state_, true);
-    for (int64_t first = 0; first < rows_; first += kChunk) {
-      const int64_t n = tokens_in_chunk(first);
-      __builtin_memcpy(border(first), s_.r, width_ * sizeof(T));
-      __builtin_memcpy(border(first) + width_, s_.z, width_ * sizeof(T));
-      const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
-      const Keys keys = prepare<T, Operands::gradient_forward>(
-          n, width_, qs.data, qs.stride, ks.data, ks.stride, norm_, prepared());
-      pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, nullptr);
-      PrefetchList next;
-      ScanOperands<T> scan = scan_operands<T>(n, s_.vg, s_.weights, s_.u, forward_state_);
-      scan.alpha = s_.alpha;
-      if (first + n < rows_) {
-        next.add(k_, first + n);
-        next.add(q_, first + n);
-        next.add(v_, first + n);
-        next.add(dy_, first + n);
-        next.add(dk_, first);
-        next.add(dq_, first);
-        next.pace(tile_count(forward_state_));
-        scan.prefetch = &next;
-      }
-      if (keys == Keys::rising) {
-        scan_tiles<T, Part::both, Decay::columns_before>(scan);
-      } else if (keys == Keys::tied) {
-        // R^T is not in use before pass R.
-        scan_tied(scan, r_transposed_);
-      } else {
-        scan_tiles<T, Part::both, Decay::none>(scan);
-      }
-      query_gradient(first, n);
+  void forward_chunk(int64_t first) {
+    const int64_t n = tokens_in_chunk(first);
+    __builtin_memcpy(border(first), s_.r, width_ * sizeof(T));
+    __builtin_memcpy(border(first) + width_, s_.z, width_ * sizeof(T));
+    const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
+    const Keys keys = prepare<T, Operands::gradient_forward>(n, width_, qs.data, qs.stride, ks.data,
+                                                             ks.stride, norm_, prepared());
+    pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, nullptr);
+    PrefetchList next;
+    ScanOperands<T> scan = scan_operands<T>(n, s_.vg, s_.weights, s_.u, forward_state_);
+    scan.alpha = s_.alpha;
+    if (first + n < end_) {
+      next.add(k_, first + n);
+      next.add(q_, first + n);
+      next.add(v_, first + n);
+      next.add(dy_, first + n);
+      next.add(dk_, first);
+      next.add(dq_, first);
+      next.pace(tile_count(forward_state_));
+      scan.prefetch = &next;
     }
+    if (keys == Keys::rising) {
+      scan_tiles<T, Part::both, Decay::columns_before>(scan);
+    } else if (keys == Keys::tied) {
+      // R^T is not in use before pass R.
+      scan_tied(scan, r_transposed_);
+    } else {
+      scan_tiles<T, Part::both, Decay::none>(scan);
+    }
+    query_gradient(first, n);
   }
 
   // dq of a chunk from u z, and w u for pass R.
@@ -228,36 +285,92 @@ class CausalBackward {
     dq.flush(n);
   }
 
-  // R and c after the last token, from the gradient of the final state: with mean = S / z and
-  // norm = z exp(r - max), R = d_mean / z and c = -d_mean . mean / z + d_norm exp(r - max).
-  void seed() {
+  void clear_carry() {
     r_state_.clear();
     r_transposed_.clear();
-    for (int64_t l = 0; l < width_; ++l) s_.c[l] = 0;
-    const HeadState& d = task_.d_final;
-    if (!d.norm && !d.mean) return;
-    for (int64_t l = 0; l < task_.latents; ++l) {
-      const T z = s_.z[l];
-      if (z == 0) continue;
-      T dot = 0;
-      for (int64_t i = 0; d.mean && i < task_.dim; ++i) {
-        const T g = read<T>(d.mean, l * d.mean_stride_l + i * d.mean_stride_d) / z;
-        r_state_.at(l, i) = g;
-        r_transposed_.at(i, l) = g;
-        dot += g * forward_state_.at(i, l) / z;
-      }
-      const T d_norm = d.norm ? read<T>(d.norm, l * d.norm_stride) : T(0);
-      s_.c[l] = d_norm * exp_scalar(s_.r[l] - s_.top[l]) - dot;
+    for (int64_t l = 0; l < width_; ++l) {
+      s_.c[l] = 0;
+      s_.frame[l] = kLowest<T>;
     }
   }
 
-  void pass_reverse(int64_t first) {
-    const int64_t n = tokens_in_chunk(first);
+  void load_carry() {
+    const HeadState& carry = task_.carry_in;
+    for (int64_t l = 0; l < task_.latents; ++l) {
+      s_.frame[l] = read<T>(carry.max, l * carry.max_stride);
+      s_.c[l] = read<T>(carry.norm, l * carry.norm_stride);
+      for (int64_t i = 0; i < task_.dim; ++i) {
+        const T r = read<T>(carry.mean, l * carry.mean_stride_l + i * carry.mean_stride_d);
+        r_state_.at(l, i) = r;
+        r_transposed_.at(i, l) = r;
+      }
+    }
+  }
+
+  // R and c at the stage's first token, in the frame of its border.
+  void store_carry() {
+    const HeadState& carry = task_.carry_out;
+    for (int64_t l = 0; l < task_.latents; ++l) {
+      static_cast<T*>(carry.max)[l * carry.max_stride] = border(begin_)[l];
+      static_cast<T*>(carry.norm)[l * carry.norm_stride] = s_.c[l];
+      for (int64_t i = 0; i < task_.dim; ++i)
+        static_cast<T*>(carry.mean)[l * carry.mean_stride_l + i * carry.mean_stride_d] =
+            r_state_.at(l, i);
+    }
+  }
+
+  // R and c after the last token, in the frame of the final maximum, from the gradient of the final
+  // state: R = d_mean / norm and c = d_norm - d_mean . mean / norm.
+  void seed() {
+    const HeadState &d = task_.d_final, &final = task_.final;
+    if (!d.norm && !d.mean) return;
+    for (int64_t l = 0; l < task_.latents; ++l) {
+      const T norm = read<T>(final.norm, l * final.norm_stride);
+      if (norm == 0) continue;
+      T dot = 0;
+      for (int64_t i = 0; d.mean && i < task_.dim; ++i) {
+        const T g = read<T>(d.mean, l * d.mean_stride_l + i * d.mean_stride_d) / norm;
+        r_state_.at(l, i) = g;
+        r_transposed_.at(i, l) = g;
+        dot += g * read<T>(final.mean, l * final.mean_stride_l + i * final.mean_stride_d);
+      }
+      s_.frame[l] = read<T>(final.max, l * final.max_stride);
+      s_.c[l] = (d.norm ? read<T>(d.norm, l * d.norm_stride) : T(0)) - dot;
+    }
+  }
+
+  // R and c grow with exp(reference). After the last chunk and where pass F was cut, their frame is
+  // a true maximum, above the lazy reference of the chunk before.
+  void enter_frame(const T* frame) {
+    bool above = false;
+    for (int64_t l = 0; l < width_; l += kLanes<T>)
+      above |= any_greater(load(frame + l), load(s_.r + l));
+    if (!above) return;
+    for (int64_t l = 0; l < task_.latents; ++l) {
+      const T factor = exp_scalar(s_.r[l] - frame[l]);
+      if (factor == 1) continue;
+      s_.c[l] *= factor;
+      for (int64_t i = 0; i < task_.dim; ++i) {
+        r_state_.at(l, i) *= factor;
+        r_transposed_.at(i, l) *= factor;
+      }
+    }
+  }
+
+  // Prepares a chunk from its border as pass F did, with R and c in its frame.
+  Keys prepare_reverse(int64_t first, int64_t n) {
     __builtin_memcpy(s_.r, border(first), width_ * sizeof(T));
     __builtin_memcpy(s_.z, border(first) + width_, width_ * sizeof(T));
     const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
     const Keys keys = prepare<T, Operands::gradient_reverse>(n, width_, qs.data, qs.stride, ks.data,
                                                              ks.stride, norm_, prepared());
+    enter_frame(first + n == end_ ? s_.frame : border(first + n));
+    return keys;
+  }
+
+  void reverse_chunk(int64_t first) {
+    const int64_t n = tokens_in_chunk(first);
+    const Keys keys = prepare_reverse(first, n);
     pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, s_.g);
     PrefetchList next;
     // R += w (x) dy, dv = e . R
@@ -271,7 +384,7 @@ class CausalBackward {
       rows.direct = dv_.row_in_place(first);
       rows.direct_stride = dv_.stride_in_place();
     }
-    if (first > 0) {
+    if (first > begin_) {
       const int64_t before = first - kChunk;
       next.add(k_, before);
       next.add(q_, before);
@@ -292,6 +405,19 @@ class CausalBackward {
       key_gradient<false>(first, n);
     }
     flush_blocks(dv_, first, n, s_.dv);
+  }
+
+  // c before the chunk, without dk.
+  template <bool kRise>
+  void carry_queries(int64_t first, int64_t n) {
+    for (int64_t l = 0; l < width_; l += kLanes<T>) {
+      Vec<T> c = load(s_.c + l);
+      for (int64_t t = n - 1; t >= 0; --t) {
+        c -= load(wu_ + (first + t) * wu_stride_ + l);
+        if constexpr (kRise) c *= load(blocked(s_.alpha, kChunk, t, l));
+      }
+      store(s_.c + l, c);
+    }
   }
 
   // dk = e (v . R + c), walking c back through the chunk.
@@ -338,19 +464,15 @@ class CausalBackward {
   const CausalBackwardScratch<T> s_;
   const Source<T> q_ = logits_q<T>(task_), k_ = logits_k<T>(task_, task_.group);
   const Source<T> v_ = values<T>(task_, task_.group), dy_ = output_gradient<T>(task_);
-  const int64_t rows_ = task_.tokens * task_.group, width_ = round_up<T>(task_.latents);
+  const int64_t begin_ = task_.begin * task_.group, end_ = task_.end * task_.group;
+  const int64_t width_ = round_up<T>(task_.latents);
   const int64_t stride_ = padded_stride<T>(width_);
   const Normaliser<T> norm_{s_.r, s_.z, s_.top};
   const Tiles<T> forward_state_{s_.forward_state, task_.dim, task_.latents};
   const Tiles<T> r_state_{s_.r_state, task_.latents, task_.dim};
   const Tiles<T> r_transposed_{s_.r_transposed, task_.dim, task_.latents};
-  T* wu_;
+  T *borders_, *wu_;
   int64_t wu_stride_;
 };
-
-template <class T>
-inline void causal_backward(const HeadTask& task, Arena arena) {
-  CausalBackward<T>(task, arena).run();
-}
 
 }  // namespace latte::LATTE_ISA

@@ -142,7 +142,8 @@ inline void copy_state(const HeadState& from, const HeadState& to, int64_t laten
 // Writes max, norm and mean; `divided`: the tiles hold the mean already.
 template <class T>
 inline void finish_state(const HeadState& state, int64_t latents, int64_t dim,
-                         const Normaliser<T>& norm, const Tiles<T>& tiles, bool divided) {
+                         const Normaliser<T>& norm, const Tiles<T>& tiles, bool divided,
+                         bool transposed = false) {
   if (!state.norm) return;
   for (int64_t l = 0; l < latents; ++l) {
     const T z = norm.z[l];
@@ -151,7 +152,48 @@ inline void finish_state(const HeadState& state, int64_t latents, int64_t dim,
     static_cast<T*>(state.norm)[l * state.norm_stride] =
         z == 0 ? T(0) : z * exp_scalar(norm.r[l] - norm.top[l]);
     T* mean = static_cast<T*>(state.mean) + l * state.mean_stride_l;
-    for (int64_t d = 0; d < dim; ++d) mean[d * state.mean_stride_d] = tiles.at(l, d) * scale;
+    for (int64_t d = 0; d < dim; ++d)
+      mean[d * state.mean_stride_d] = (transposed ? tiles.at(d, l) : tiles.at(l, d)) * scale;
+  }
+}
+
+// final = merge(initial, final), the merge of the state algebra.
+template <class T>
+inline void merge_states(const HeadTask& task) {
+  const HeadState &a = task.initial, &b = task.final;
+  for (int64_t l = 0; l < task.latents; ++l) {
+    const T a_max = read<T>(a.max, l * a.max_stride), b_max = read<T>(b.max, l * b.max_stride);
+    const T a_norm = read<T>(a.norm, l * a.norm_stride),
+            b_norm = read<T>(b.norm, l * b.norm_stride);
+    const T top = a_max > b_max ? a_max : b_max;
+    const T a_mass = a_norm == 0 ? T(0) : a_norm * exp_scalar(a_max - top);
+    const T b_mass = b_norm == 0 ? T(0) : b_norm * exp_scalar(b_max - top);
+    const T norm = a_mass + b_mass, share = norm == 0 ? T(0) : b_mass / norm;
+    static_cast<T*>(b.max)[l * b.max_stride] = top;
+    static_cast<T*>(b.norm)[l * b.norm_stride] = norm;
+    for (int64_t d = 0; d < task.dim; ++d) {
+      const T mean = read<T>(a.mean, l * a.mean_stride_l + d * a.mean_stride_d);
+      T& out = static_cast<T*>(b.mean)[l * b.mean_stride_l + d * b.mean_stride_d];
+      out = a_norm == 0 ? out : mean + share * (out - mean);
+    }
+  }
+}
+
+// carry_out += carry_in. A carry without a frame (max) needs no conversion.
+template <class T>
+inline void merge_carries(const HeadTask& task) {
+  const HeadState &from = task.carry_in, &to = task.carry_out;
+  for (int64_t l = 0; l < task.latents; ++l) {
+    T factor = 1;
+    if (from.max) {
+      factor =
+          exp_scalar(read<T>(to.max, l * to.max_stride) - read<T>(from.max, l * from.max_stride));
+      static_cast<T*>(to.norm)[l * to.norm_stride] +=
+          factor * read<T>(from.norm, l * from.norm_stride);
+    }
+    for (int64_t d = 0; d < task.dim; ++d)
+      static_cast<T*>(to.mean)[l * to.mean_stride_l + d * to.mean_stride_d] +=
+          factor * read<T>(from.mean, l * from.mean_stride_l + d * from.mean_stride_d);
   }
 }
 

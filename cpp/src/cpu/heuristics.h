@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Sizes that are chosen, not derived: pure functions of the shape, so that a result never depends
-// on timing, load or what else is in the batch (T7).
+// Sizes that are chosen, not derived: pure functions of the shape and the number of threads, so
+// that a result never depends on timing or load.
 #pragma once
 
 #include <cstdint>
@@ -11,14 +11,45 @@ namespace latte::cpu {
 // in a quarter of a 1 MiB second-level cache.
 inline constexpr int64_t kChunk = 64;
 
-// Threads worth waking for `tasks` independent pieces of `flops` in all. Waking a team costs about
-// as much as one core computes in 100 kflop.
-constexpr int useful_threads(int64_t tasks, double flops, int threads) {
+// Threads worth waking for work of `flops`. Waking a team costs about as much as one core computes
+// in 100 kflop.
+constexpr int useful_threads(double flops, int threads) {
   const double worth = flops / 1e5;
-  int64_t n = threads;
-  n = n < tasks ? n : tasks;
-  n = static_cast<double>(n) < worth ? n : static_cast<int64_t>(worth);
-  return n < 1 ? 1 : static_cast<int>(n);
+  const int n = worth < static_cast<double>(threads) ? static_cast<int>(worth) : threads;
+  return n < 1 ? 1 : n;
 }
+
+// A part shorter than this loses more to its summary and to the barriers than it gains.
+inline constexpr int64_t kMinPart = 1024;
+
+// Threads that one sequence of `tokens`, out of `total` over all sequences and heads, is cut for:
+// its share of them, so that a sequence is cut only where it would keep other threads waiting. With
+// B H >= threads equal sequences never are.
+constexpr int64_t parts(int64_t tokens, int64_t total, int threads) {
+  if (total <= 0) return 1;
+  const int64_t share = tokens * threads / total, longest = tokens / kMinPart;
+  const int64_t n = share < longest ? share : longest;
+  return n < 2 ? 1 : n;
+}
+
+// Cut i of a sequence of `tokens`, at a multiple of kChunk.
+constexpr int64_t cut_at(int64_t tokens, int64_t numerator, int64_t denominator) {
+  if (numerator >= denominator) return tokens;
+  return tokens * numerator / denominator / kChunk * kChunk;
+}
+// Segment i of n + 1 begins here. A causal scan (4 L D per token) needs the state before it, and
+// the summary of a segment's keys costs half a scan: the first segment is scanned while the next n
+// - 1 are summarised, then the other n are scanned. Weights 1, 2, 2, ..: the speed-up is (2 n + 1)
+// / 3, where equal segments give 2 n / 3.
+constexpr int64_t forward_cut(int64_t i, int64_t n, int64_t tokens) {
+  return i == 0 ? 0 : cut_at(tokens, 2 * i - 1, 2 * n + 1);
+}
+// The same for pass R of the gradient (8 L D, its summary 2 L D), which runs from the end: weights
+// 4, .., 4, 1.
+constexpr int64_t reverse_cut(int64_t i, int64_t n, int64_t tokens) {
+  return cut_at(tokens, i > n ? 4 * n + 1 : 4 * i, 4 * n + 1);
+}
+// Bidirectional segments are equal: n of them.
+constexpr int64_t even_cut(int64_t i, int64_t n, int64_t tokens) { return cut_at(tokens, i, n); }
 
 }  // namespace latte::cpu

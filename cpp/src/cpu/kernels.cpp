@@ -18,20 +18,36 @@ int64_t workspace(Kernel kernel, const HeadTask& task) {
     case Kernel::causal_forward:
       CausalForwardScratch<T>(arena, task);
       break;
+    case Kernel::causal_gradient_forward:
+    case Kernel::causal_gradient_summary:
+    case Kernel::causal_gradient_reverse:
     case Kernel::causal_backward:
-      CausalBackwardScratch<T>(
-          arena, task, RowView<T>(task.dk, PerRow::first, task.latents, task.group).in_place());
+      CausalBackwardScratch<T>(arena, task);
       break;
+    case Kernel::key_summary:
+    case Kernel::bidirectional_output:
     case Kernel::bidirectional_forward:
       BidirectionalScratch<T>(arena, task, false);
       break;
+    case Kernel::bidirectional_gather:
+    case Kernel::bidirectional_spread:
     case Kernel::bidirectional_backward:
       BidirectionalScratch<T>(arena, task, true);
+      break;
+    case Kernel::merge_states:
+    case Kernel::merge_carries:
       break;
     case Kernel::step:
       StepScratch<T>(arena, task);
       break;
   }
+  return arena.used();
+}
+
+template <class T>
+int64_t shared(Kernel kernel, const HeadTask& task) {
+  Arena arena(nullptr);
+  if (kernel == Kernel::causal_backward) CausalShared<T>(arena, task);
   return arena.used();
 }
 
@@ -43,14 +59,41 @@ void run(Kernel kernel, const HeadTask& task, void* memory) {
     case Kernel::causal_forward:
       causal_forward<T>(task, arena);
       break;
+    case Kernel::causal_gradient_forward:
+      CausalBackward<T>(task, arena).forward();
+      break;
+    case Kernel::causal_gradient_summary:
+      CausalBackward<T>(task, arena).summarise();
+      break;
+    case Kernel::causal_gradient_reverse:
+      CausalBackward<T>(task, arena).reverse();
+      break;
     case Kernel::causal_backward:
-      causal_backward<T>(task, arena);
+      CausalBackward<T>(task, arena).whole();
+      break;
+    case Kernel::key_summary:
+      Bidirectional<T>(task, arena, false).summarise();
+      break;
+    case Kernel::bidirectional_output:
+      Bidirectional<T>(task, arena, false).output();
       break;
     case Kernel::bidirectional_forward:
       Bidirectional<T>(task, arena, false).forward();
       break;
+    case Kernel::bidirectional_gather:
+      Bidirectional<T>(task, arena, true).gather();
+      break;
+    case Kernel::bidirectional_spread:
+      Bidirectional<T>(task, arena, true).spread();
+      break;
     case Kernel::bidirectional_backward:
       Bidirectional<T>(task, arena, true).backward();
+      break;
+    case Kernel::merge_states:
+      merge_states<T>(task);
+      break;
+    case Kernel::merge_carries:
+      merge_carries<T>(task);
       break;
     case Kernel::step:
       step<T>(task, arena);
@@ -65,6 +108,9 @@ const cpu::KernelTable& table() {
       LATTE_ISA_NAME,
       [](Kernel kernel, bool is_double, const HeadTask& task) {
         return is_double ? workspace<double>(kernel, task) : workspace<float>(kernel, task);
+      },
+      [](Kernel kernel, bool is_double, const HeadTask& task) {
+        return is_double ? shared<double>(kernel, task) : shared<float>(kernel, task);
       },
       [](Kernel kernel, bool is_double, const HeadTask& task, void* memory) {
         is_double ? run<double>(kernel, task, memory) : run<float>(kernel, task, memory);

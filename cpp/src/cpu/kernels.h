@@ -25,9 +25,12 @@ struct HeadState {
   int64_t max_stride = 0, norm_stride = 0, mean_stride_l = 0, mean_stride_d = 0;
 };
 
+// One stage of one head. A short sequence is one stage; a long one is cut among threads, and its
+// stages meet in states and carries (latent_attention.cpp).
 struct HeadTask {
   int64_t tokens = 0, latents = 0, dim = 0;
-  int64_t group = 1;  // query heads that share this key/value head
+  int64_t group = 1;           // query heads that share this key/value head
+  int64_t begin = 0, end = 0;  // tokens that the stage covers
   double scale = 1.0;
   Rows q, k, v, y;
   Rows dy, dq, dk, dv;
@@ -35,13 +38,25 @@ struct HeadTask {
   int64_t key_mask_stride = 0;
   HeadState initial, final;  // of a step: initial is updated in place
   HeadState d_final, d_initial;
+  // What backward carries over a cut: causal (frame, c, R), bidirectional H in `mean`.
+  HeadState carry_in, carry_out;
+  void* shared = nullptr;  // shared_bytes() that the stages of one backward task have in common
 };
 
 enum class Kernel : int32_t {
   causal_forward,
-  causal_backward,
-  bidirectional_forward,
-  bidirectional_backward,
+  causal_gradient_forward,  // pass F: dq
+  causal_gradient_summary,  // what the stage adds to the carry of the stage before it
+  causal_gradient_reverse,  // pass R: dk, dv
+  causal_backward,          // F and R of a whole sequence
+  key_summary,              // the state of the stage's keys alone
+  bidirectional_output,     // y from the state of all keys
+  bidirectional_forward,    // the two for a whole sequence
+  bidirectional_gather,     // dq and the stage's share of H
+  bidirectional_spread,     // dk, dv from H of all queries
+  bidirectional_backward,   // summary, gather and spread of a whole sequence
+  merge_states,             // final = merge(initial, final)
+  merge_carries,            // carry_out += carry_in, in carry_out's frame
   step,
 };
 
@@ -49,6 +64,8 @@ struct KernelTable {
   const char* isa;
   // Bytes of 64-byte aligned scratch that run() needs for the task; reads no tensor.
   int64_t (*workspace_bytes)(Kernel kernel, bool is_double, const HeadTask& task);
+  // Bytes of HeadTask::shared, 64-byte aligned, that a backward task needs.
+  int64_t (*shared_bytes)(Kernel kernel, bool is_double, const HeadTask& task);
   void (*run)(Kernel kernel, bool is_double, const HeadTask& task, void* workspace);
 };
 

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// One call becomes independent tasks, one per sequence and head, spread over threads. A task's
-// result depends on nothing but its own inputs, so batch and thread count cannot change a bit.
+// One call becomes tasks, one per sequence and head, spread over threads. A task's result depends
+// on nothing but its own inputs, so batch and thread count cannot change a bit; only a sequence so
+// long that other threads would wait for it is cut (sequence_parallel.h), with rounding of its own.
 #include "common/validate.h"
 #include "cpu/heuristics.h"
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
+#include "cpu/sequence_parallel.h"
 #include "latte/latte.h"
 
 namespace latte {
@@ -78,7 +80,7 @@ HeadTask sequence_task(const Params& p, const Problem& problem, int64_t sequence
   const Range range = range_of(p, problem, sequence);
   const int64_t kv_head = head / (problem.heads / problem.kv_heads);
   HeadTask task;
-  task.tokens = range.tokens;
+  task.tokens = task.end = range.tokens;
   task.latents = problem.latents;
   task.dim = problem.dim;
   task.group = group;
@@ -103,14 +105,15 @@ class ForwardCall {
     // the first of them writes the state. Bidirectional tasks share the summary of the keys.
     group_ = p.causal ? 1 : problem.heads / problem.kv_heads;
   }
+  bool causal() const { return p_.causal; }
   Kernel kernel() const {
     return p_.causal ? Kernel::causal_forward : Kernel::bidirectional_forward;
   }
-  int64_t tasks() const { return problem.sequences * problem.heads / group_; }
+  int64_t tasks_per_sequence() const { return problem.heads / group_; }
+  int64_t tokens(int64_t sequence) const { return range_of(p_, problem, sequence).tokens; }
   double flops_per_token() const { return 4.0; }
   HeadTask task(int64_t i) const {
-    const int64_t per_sequence = problem.heads / group_;
-    const int64_t sequence = i / per_sequence, head = i % per_sequence * group_;
+    const int64_t sequence = i / tasks_per_sequence(), head = i % tasks_per_sequence() * group_;
     HeadTask t = sequence_task(p_, problem, sequence, head, group_);
     const Range range = range_of(p_, problem, sequence);
     t.y = rows_of(p_.y, range.batch, head, range.first);
@@ -129,10 +132,12 @@ class BackwardCall {
  public:
   explicit BackwardCall(const LatentAttentionBackward& p)
       : problem(validate(p)), p_(p), group_(problem.heads / problem.kv_heads) {}
+  bool causal() const { return p_.causal; }
   Kernel kernel() const {
     return p_.causal ? Kernel::causal_backward : Kernel::bidirectional_backward;
   }
-  int64_t tasks() const { return problem.sequences * problem.kv_heads; }
+  int64_t tasks_per_sequence() const { return problem.kv_heads; }
+  int64_t tokens(int64_t sequence) const { return range_of(p_, problem, sequence).tokens; }
   double flops_per_token() const { return 12.0 * static_cast<double>(group_); }
   HeadTask task(int64_t i) const {
     const int64_t sequence = i / problem.kv_heads, kv_head = i % problem.kv_heads;
@@ -159,7 +164,8 @@ class StepCall {
   explicit StepCall(const LatentAttentionStep& p)
       : problem(validate(p)), p_(p), group_(problem.heads / problem.kv_heads) {}
   Kernel kernel() const { return Kernel::step; }
-  int64_t tasks() const { return problem.sequences * problem.kv_heads; }
+  int64_t tasks_per_sequence() const { return problem.kv_heads; }
+  int64_t tokens(int64_t) const { return 1; }
   double flops_per_token() const { return 4.0 * static_cast<double>(group_); }
   HeadTask task(int64_t i) const {
     const int64_t sequence = i / problem.kv_heads, kv_head = i % problem.kv_heads;
@@ -183,38 +189,149 @@ class StepCall {
   int64_t group_;
 };
 
-template <class Call>
-int threads_for(const Call& call, int threads) {
-  const Problem& p = call.problem;
-  const double tokens = static_cast<double>(p.packed ? p.tokens : p.tokens * p.batch);
-  const double flops = call.flops_per_token() * tokens * static_cast<double>(p.heads) *
-                       static_cast<double>(p.latents) * static_cast<double>(p.dim);
-  return cpu::useful_threads(call.tasks(), flops, threads);
-}
+// How a call spreads over threads and where its memory lies in the workspace:
+//   per thread: scratch, and for a backward task what its two passes share;
+//   cut sequences: their list, then per task the shared part and the slots.
+template <class Call, class Stages>
+class Plan {
+ public:
+  Plan(const Call& call, int threads) : call_(call) {
+    const Problem& p = call.problem;
+    for (int64_t n = 0; n < p.sequences; ++n) total_ += call.tokens(n);
+    const double flops = call.flops_per_token() * static_cast<double>(total_) *
+                         static_cast<double>(p.heads) * static_cast<double>(p.latents) *
+                         static_cast<double>(p.dim);
+    total_ *= call.tasks_per_sequence();
+    threads_ = cpu::useful_threads(flops, threads);
+    element_size_ = p.is_double ? 8 : 4;
+    const auto& kernels = cpu::kernels();
+    const int64_t slot = cpu::Slots::bytes(p.latents, p.dim, element_size_);
+    int64_t per_cut_task = 0;
+    for (int64_t n = 0; n < p.sequences && tasks() > 0; ++n) {
+      const HeadTask task = call.task(n * call.tasks_per_sequence());
+      const int64_t parts = parts_of(n);
+      const int64_t shared = kernels.shared_bytes(call.kernel(), p.is_double, task);
+      if (n == 0) {
+        scratch_ = kernels.workspace_bytes(call.kernel(), p.is_double, task);
+        const int64_t summary =
+            Stages::kPhases > 1 ? kernels.workspace_bytes(Kernel::key_summary, p.is_double, task)
+                                : 0;
+        scratch_ = scratch_ > summary ? scratch_ : summary;
+      }
+      if (parts > 1) {
+        ++cuts_;
+        const int64_t bytes = shared + Stages::slots(parts) * slot;
+        per_cut_task = per_cut_task > bytes ? per_cut_task : bytes;
+      } else {
+        shared_ = shared_ > shared ? shared_ : shared;
+      }
+    }
+    cut_bytes_ = per_cut_task;
+    if (cuts_ == 0 && tasks() < threads_) threads_ = tasks() < 1 ? 1 : static_cast<int>(tasks());
+  }
 
-// The scratch of one thread: that of the largest task (only the number of tokens differs).
-template <class Call>
-int64_t scratch_bytes(const Call& call) {
-  const Problem& p = call.problem;
-  if (call.tasks() == 0) return 0;
-  HeadTask largest = call.task(0);
-  if (p.packed) {
-    const int64_t per_sequence = call.tasks() / p.sequences;
-    for (int64_t n = 1; n < p.sequences; ++n) {
-      const HeadTask t = call.task(n * per_sequence);
-      if (t.tokens > largest.tokens) largest = t;
+  int64_t bytes() const {
+    return threads_ * thread_bytes() + list_bytes() +
+           cuts_ * call_.tasks_per_sequence() * cut_bytes_;
+  }
+
+  void run(char* base) const {
+    auto* const cut_sequences = reinterpret_cast<int64_t*>(base + threads_ * thread_bytes());
+    int64_t found = 0;
+    for (int64_t n = 0; n < call_.problem.sequences && found < cuts_; ++n)
+      if (parts_of(n) > 1) cut_sequences[found++] = n;
+    for (int phase = 0; phase < Stages::kPhases && (phase == 0 || cuts_ > 0); ++phase) {
+      int64_t stages = 0;
+      for (int64_t c = 0; c < cuts_; ++c) stages += stages_of(cut_sequences[c], phase);
+      // The cut sequences are the long ones: they start first.
+      const int64_t whole = phase == 0 ? tasks() : 0;
+      cpu::parallel_for(stages + whole, threads_, [&](int64_t i, int thread) {
+        char* const scratch = base + thread * thread_bytes();
+        i < stages ? run_stage(cut_sequences, phase, i, base, scratch)
+                   : run_whole(i - stages, scratch);
+      });
     }
   }
-  return cpu::kernels().workspace_bytes(call.kernel(), p.is_double, largest);
-}
+
+ private:
+  int64_t tasks() const { return call_.problem.sequences * call_.tasks_per_sequence(); }
+  int64_t parts_of(int64_t sequence) const {
+    return Stages::kPhases > 1 ? cpu::parts(call_.tokens(sequence), total_, threads_) : 1;
+  }
+  int64_t stages_of(int64_t sequence, int phase) const {
+    return call_.tasks_per_sequence() * Stages::stages(phase, parts_of(sequence));
+  }
+  int64_t slot_bytes() const {
+    return cpu::Slots::bytes(call_.problem.latents, call_.problem.dim, element_size_);
+  }
+  int64_t thread_bytes() const {
+    return scratch_ + shared_ + (call_.kernel() == Kernel::causal_backward ? slot_bytes() : 0);
+  }
+  int64_t list_bytes() const { return (cuts_ * 8 + 63) / 64 * 64; }
+  cpu::Slots slots(char* base) const {
+    return {base, call_.problem.latents, call_.problem.dim, element_size_};
+  }
+  cpu::StageRunner runner(char* scratch) const {
+    return {cpu::kernels(), call_.problem.is_double, scratch};
+  }
+
+  void run_whole(int64_t i, char* scratch) const {
+    if (parts_of(i / call_.tasks_per_sequence()) > 1) return;
+    HeadTask task = call_.task(i);
+    task.shared = scratch + scratch_;
+    // Pass R starts from the final state that pass F leaves.
+    if (call_.kernel() == Kernel::causal_backward)
+      task.final = slots(scratch + scratch_ + shared_)[0];
+    runner(scratch)(call_.kernel(), task);
+  }
+
+  void run_stage(const int64_t* cut_sequences, int phase, int64_t i, char* base,
+                 char* scratch) const {
+    int64_t c = 0;
+    for (; i >= stages_of(cut_sequences[c], phase); ++c) i -= stages_of(cut_sequences[c], phase);
+    const int64_t parts = parts_of(cut_sequences[c]), per_task = Stages::stages(phase, parts);
+    const int64_t head = i / per_task;
+    char* const memory = base + threads_ * thread_bytes() + list_bytes() +
+                         (c * call_.tasks_per_sequence() + head) * cut_bytes_;
+    cpu::CutTask cut{call_.task(cut_sequences[c] * call_.tasks_per_sequence() + head), parts,
+                     slots(memory)};
+    cut.task.shared = memory + Stages::slots(parts) * slot_bytes();
+    Stages::run_stage(cut, phase, i % per_task, runner(scratch));
+  }
+
+  const Call& call_;
+  int64_t total_ = 0, element_size_ = 4, scratch_ = 0, shared_ = 0, cuts_ = 0, cut_bytes_ = 0;
+  int threads_ = 1;
+};
 
 constexpr int64_t kAlignment = 64;
+
+// Calls f with the call's plan.
+template <class Call, class Causal, class Bidirectional, class F>
+auto with_plan(const Call& call, int threads, F f) {
+  return call.causal() ? f(Plan<Call, Causal>(call, threads))
+                       : f(Plan<Call, Bidirectional>(call, threads));
+}
+template <class F>
+auto with_plan(const ForwardCall& call, int threads, F f) {
+  return with_plan<ForwardCall, cpu::CausalForwardStages, cpu::BidirectionalForwardStages>(
+      call, threads, f);
+}
+template <class F>
+auto with_plan(const BackwardCall& call, int threads, F f) {
+  return with_plan<BackwardCall, cpu::CausalBackwardStages, cpu::BidirectionalBackwardStages>(
+      call, threads, f);
+}
+template <class F>
+auto with_plan(const StepCall& call, int threads, F f) {
+  return f(Plan<StepCall, cpu::NoStages>(call, threads));
+}
 
 template <class Params, class Call>
 int64_t call_workspace(const Params& params, const char* op, int threads) {
   const Call call(params);
   validate_threads(op, threads);
-  return scratch_bytes(call) * threads_for(call, threads) + kAlignment;
+  return with_plan(call, threads, [](const auto& plan) { return plan.bytes() + kAlignment; });
 }
 
 template <class Params, class Call>
@@ -227,11 +344,7 @@ void run_call(const Params& params, const char* op, void* workspace, int threads
   const auto address = reinterpret_cast<uintptr_t>(workspace);
   char* const base =
       static_cast<char*>(workspace) + (kAlignment - address % kAlignment) % kAlignment;
-  const int64_t bytes = scratch_bytes(call);
-  const auto& kernels = cpu::kernels();
-  cpu::parallel_for(call.tasks(), threads_for(call, threads), [&](int64_t i, int thread) {
-    kernels.run(call.kernel(), call.problem.is_double, call.task(i), base + thread * bytes);
-  });
+  with_plan(call, threads, [&](const auto& plan) { plan.run(base); });
 }
 
 }  // namespace
