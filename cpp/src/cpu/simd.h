@@ -175,7 +175,7 @@ LATTE_INLINE VecD low_halves(VecD a, VecD b) { return VecD{a[0], b[0]}; }
 LATTE_INLINE VecD high_halves(VecD a, VecD b) { return VecD{a[1], b[1]}; }
 #endif
 
-// exp(x) for x <= 88, below 2 ulp: 2^n p(f) with x log2(e) = n + f, |f| <= 1/2, and a degree-5
+// exp(x) for x <= 88, below 2.5 ulp: 2^n p(f) with x log2(e) = n + f, |f| <= 1/2, and a degree-5
 // minimax polynomial whose constant term is exactly 1, so that exp(0) == 1 (a kept key must not
 // decay). exp(-inf) == 0 exactly; NaN passes. One polynomial for every instruction set.
 LATTE_INLINE VecF exp2_fraction(VecF f) {
@@ -201,8 +201,10 @@ LATTE_INLINE VecF exp(VecF x) {
 #else
 LATTE_INLINE VecF exp(VecF x) {
   using VecI = VectorOf<float>::integer;
-  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the low bits of the mantissa.
-  const VecF magic = splat(12582912.0f);
+  // Adding 1.5 * 2^23 + 127 rounds to an integer n and leaves n + 127, the exponent field of 2^n,
+  // in the low bits of the mantissa. 2^n multiplies p: added to p's exponent, the bits that a NaN
+  // has there turned 0xFFFFFFFF into the lowest finite number.
+  const VecF magic = splat(12583039.0f);
 #if LATTE_VECTOR_BYTES == 32
   const __m256 log2e = _mm256_set1_ps(1.44269504088896341f);
   const __m256 shifted = _mm256_fmadd_ps((__m256)x, log2e, (__m256)magic);
@@ -216,8 +218,8 @@ LATTE_INLINE VecF exp(VecF x) {
   const VecF n = z - magic;
   const VecF f = ((x - n * 0.693359375f) - n * -2.12194440e-4f) * 1.44269504088896341f;
 #endif
-  const VecI bits = ((VecI)z << 23) + (VecI)exp2_fraction(f);
-  return (VecF)(bits & ~(VecI)(x < -87.0f));
+  const VecF y = exp2_fraction(f) * (VecF)((VecI)z << 23);
+  return (VecF)((VecI)y & ~(VecI)(x < -87.0f));
 }
 #endif
 LATTE_INLINE VecD exp(VecD x) {
