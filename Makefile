@@ -60,7 +60,7 @@ test-aarch64: $(VENV)/requirements
 	  "and apt-get cannot install them"; fi
 
 suite-aarch64:
-	$(call cpp-suite,build/cpp-aarch64,--toolchain cmake/aarch64-linux-gnu.cmake)
+	$(call cpp-suite,build/cpp-aarch64,--no-warn-unused-cli --toolchain cmake/aarch64-linux-gnu.cmake)
 
 test-python: $(VENV)/installed
 	CI=1 $(BIN)/python -m pytest -q --durations=10 \

@@ -10,6 +10,8 @@
 #include <cstdint>
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -104,6 +106,11 @@ template <>
 LATTE_INLINE bool any_greater(VecF a, VecF b) {
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
 }
+#elif defined(__aarch64__)
+template <>
+LATTE_INLINE bool any_greater(VecF a, VecF b) {
+  return vmaxvq_u32((uint32x4_t)(a > b)) != 0;
+}
 #endif
 
 // Fixed reduction trees: the same bits for the same row, whatever surrounds it (T7).
@@ -132,6 +139,11 @@ LATTE_INLINE float reduce_add<float>(VecF x) {
 template <>
 LATTE_INLINE float reduce_max<float>(VecF x) {
   return _mm512_reduce_max_ps((__m512)x);
+}
+#elif defined(__aarch64__)
+template <>
+LATTE_INLINE float reduce_max<float>(VecF x) {
+  return vmaxvq_f32((float32x4_t)x);
 }
 #endif
 
@@ -210,6 +222,12 @@ LATTE_INLINE VecF exp(VecF x) {
   const __m256 shifted = _mm256_fmadd_ps((__m256)x, log2e, (__m256)magic);
   __m256 fraction = _mm256_fmsub_ps((__m256)x, log2e, _mm256_sub_ps(shifted, (__m256)magic));
   fraction = _mm256_fmadd_ps((__m256)x, _mm256_set1_ps(1.925963033500e-8f), fraction);
+  const VecF z = (VecF)shifted, f = (VecF)fraction;
+#elif defined(__aarch64__)
+  const float32x4_t log2e = vdupq_n_f32(1.44269504088896341f);
+  const float32x4_t shifted = vfmaq_f32((float32x4_t)magic, (float32x4_t)x, log2e);
+  float32x4_t fraction = vfmaq_f32(vsubq_f32((float32x4_t)magic, shifted), (float32x4_t)x, log2e);
+  fraction = vfmaq_f32(fraction, (float32x4_t)x, vdupq_n_f32(1.925963033500e-8f));
   const VecF z = (VecF)shifted, f = (VecF)fraction;
 #else
   // Without fused multiply-add the fraction comes from Cody and Waite's split of log(2), which
@@ -342,6 +360,24 @@ LATTE_INLINE void store_compute(bfloat16* p, VecF x) {
 LATTE_INLINE void store_compute(float16* p, VecF x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+#elif defined(__aarch64__)
+LATTE_INLINE VecF load_compute(const bfloat16* p) {
+  return (VecF)vshll_n_u16(vld1_u16(&p->bits), 16);
+}
+LATTE_INLINE VecF load_compute(const float16* p) {
+  return (VecF)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(&p->bits)));
+}
+LATTE_INLINE void store_compute(bfloat16* p, VecF x) {
+  const uint32x4_t bits = (uint32x4_t)x;
+  const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+  const uint32x4_t finite = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+  const uint32x4_t quiet = vorrq_u32(bits, vdupq_n_u32(0x400000));
+  const uint32x4_t number = vceqq_f32((float32x4_t)x, (float32x4_t)x);
+  vst1_u16(&p->bits, vshrn_n_u32(vbslq_u32(number, finite, quiet), 16));
+}
+LATTE_INLINE void store_compute(float16* p, VecF x) {
+  vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x)));
 }
 #else
 template <class S>
