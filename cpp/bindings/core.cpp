@@ -149,5 +149,8 @@ PYBIND11_MODULE(_core, m) {
         "Updates the state in place and writes y.");
   m.def("version", &latte::version, "Version of the core.");
   m.def("cpu_isa", &latte::cpu_isa, "Instruction set of the CPU kernels in use.");
+  m.def("fma_rate", &latte::fma_rate, py::arg("threads"), py::arg("seconds"),
+        py::call_guard<py::gil_scoped_release>(),
+        "Float32 operations per second that multiply-adds in registers reach, measured.");
   m.def("cuda_built", &latte::cuda_built, "Whether the CUDA backend is in this build.");
 }

@@ -4,6 +4,7 @@
 
 #include "cpu/bidirectional.h"
 #include "cpu/causal.h"
+#include "cpu/peak.h"
 #include "cpu/step.h"
 
 namespace latte::LATTE_ISA {
@@ -115,6 +116,7 @@ const cpu::KernelTable& table() {
       [](Kernel kernel, bool is_double, const HeadTask& task, void* memory) {
         is_double ? run<double>(kernel, task, memory) : run<float>(kernel, task, memory);
       },
+      fma_flops,
   };
   return kTable;
 }

@@ -67,6 +67,8 @@ struct KernelTable {
   // Bytes of HeadTask::shared, 64-byte aligned, that a backward task needs.
   int64_t (*shared_bytes)(Kernel kernel, bool is_double, const HeadTask& task);
   void (*run)(Kernel kernel, bool is_double, const HeadTask& task, void* workspace);
+  // Does so many rounds of float32 multiply-adds in registers; returns the operations done.
+  double (*fma_flops)(int64_t iterations);
 };
 
 // The table in use, chosen on the first call.
