@@ -12,7 +12,6 @@ import argparse
 import codecs
 import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 
 from . import _demo_timing as timing
 from ._demo_text import BYTES, Corpus, load_corpus, ngram_bits, window_starts
+from ._progress import Bar
 from .nn import LatteLM
 from .nn.model import sample_token
 
@@ -292,7 +292,7 @@ def _printable(text: str) -> str:
 
 
 class Progress:
-    """A progress bar of `seconds`, redrawn on a terminal, a line per tenth elsewhere.
+    """A progress bar of `seconds` of training.
 
     Args:
         seconds: the time at which the bar is full.
@@ -300,40 +300,21 @@ class Progress:
         stream: where to draw.
     """
 
-    WIDTH = 20
     REDRAW = 0.2  # seconds
 
     def __init__(self, seconds: float, baselines: str, stream: TextIO) -> None:
-        self._seconds, self._baselines, self._stream = seconds, baselines, stream
-        self._terminal = stream.isatty()
-        self._interval = self.REDRAW if self._terminal else seconds / 10
-        self._next, self._length = 0.0, 0
+        self._bar, self._baselines = Bar(seconds, "s", stream, redraw=self.REDRAW), baselines
 
     def show(self, elapsed: float, steps: int, bits: float) -> None:
         """Draw the bar if it is time to: elapsed seconds, steps, training bits per byte."""
-        if elapsed >= self._next:
-            self._draw(elapsed, steps, bits)
-            self._next = (elapsed // self._interval + 1) * self._interval
+        self._bar.show(elapsed, self._text(steps, bits))
 
     def finish(self, steps: int, bits: float) -> None:
         """Draw the full bar and end the line."""
-        self._draw(self._seconds, steps, bits)
-        if self._terminal:
-            print(file=self._stream)
+        self._bar.finish(self._text(steps, bits))
 
-    def _draw(self, elapsed: float, steps: int, bits: float) -> None:
-        bar = "#" * round(self.WIDTH * elapsed / self._seconds)
-        line = (
-            f"[{bar:-<{self.WIDTH}}] {elapsed:.0f}/{self._seconds:.0f} s, step {steps:,}: "
-            f"{bits:.2f} bits per byte ({self._baselines})"
-        )
-        if self._terminal:
-            # Cut, since a line that wraps is not overwritten; padded over a longer one before.
-            line = line[: shutil.get_terminal_size().columns - 1]
-            print(f"\r{line:{self._length}}", end="", file=self._stream, flush=True)
-            self._length = len(line)
-        else:
-            print(line, file=self._stream, flush=True)
+    def _text(self, steps: int, bits: float) -> str:
+        return f"step {steps:,}: {bits:.2f} bits per byte ({self._baselines})"
 
 
 def save_plot(
