@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m latte_ext info | selftest | demo`."""
+"""`python -m latte_ext info | selftest | demo | bench`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sys
 
 import torch
 
-from . import __version__, _core, demo, selftest
+from . import __version__, _core, bench, demo, selftest
 
 
 def info() -> int:
@@ -32,12 +32,13 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("info", help="version, instruction set, threads, CUDA, torch")
     commands.add_parser("selftest", help="prove this installation in a few seconds")
     demo.add_arguments(commands.add_parser("demo", help="train, sample and time a language model"))
+    bench.add_arguments(commands.add_parser("bench", help="measure against peak and peers"))
     args = parser.parse_args(argv)
     if args.command == "info":
         return info()
     if args.command == "selftest":
         return selftest.main()
-    return demo.run(args)
+    return demo.run(args) if args.command == "demo" else bench.run(args)
 
 
 if __name__ == "__main__":
