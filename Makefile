@@ -1,5 +1,6 @@
 # make demo   the main job: train, sample and time a small latent-attention language model
 # make test   every test, C++ and Python
+# make bench  the kernels against this machine's peak and against peers, into benchmarks/results
 # make lint   formatting, types, static analysis
 PYTHON ?= python3
 VENV := .venv
@@ -9,7 +10,7 @@ COMMA := ,
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
-.PHONY: demo test lint format test-cpp test-cpp-sanitized test-aarch64 suite-aarch64 test-python \
+.PHONY: demo test bench lint format test-cpp test-cpp-sanitized test-aarch64 suite-aarch64 test-python \
   test-isas clean
 .DELETE_ON_ERROR:
 
@@ -25,6 +26,9 @@ $(VENV)/installed: $(VENV)/requirements $(SOURCES)
 
 demo: $(VENV)/installed
 	cd $(VENV) && bin/python -m latte_ext demo --out $(CURDIR)/build/demo
+
+bench: $(VENV)/installed
+	cd $(VENV) && bin/python -m latte_ext bench --out $(CURDIR)/benchmarks/results
 
 test: test-cpp test-cpp-sanitized test-aarch64 test-python test-isas
 
@@ -90,7 +94,7 @@ lint: $(VENV)/requirements $(GTEST_HEADER)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/lint -G Ninja -DLATTE_OPENMP=OFF >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/clang-tidy --quiet -p build/lint \
 	  cpp/src/common/*.cpp cpp/src/cpu/dispatch.cpp cpp/src/cpu/latent_attention.cpp \
-	  cpp/src/cpu/state_merge.cpp
+	  cpp/src/cpu/peak.cpp cpp/src/cpu/state_merge.cpp
 
 format: $(VENV)/requirements
 	$(BIN)/ruff check --fix .

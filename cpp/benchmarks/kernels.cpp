@@ -5,7 +5,7 @@
 //
 // Work counts as 4 L D operations per token and head forward, 12 L D backward. Every repeat stands
 // between two short measurements of the peak, since the speed of shared machines drifts. One thread
-// is timed by its CPU time, as the peak is, several by wall time.
+// is timed by its CPU time, several by wall time.
 #include <algorithm>
 #include <chrono>
 #include <cstdint>

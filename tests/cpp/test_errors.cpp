@@ -280,5 +280,14 @@ TEST(Library, DescribesItself) {
   }
 }
 
+TEST(Library, MeasuresItsPeak) {
+  EXPECT_GT(latte::fma_rate(1, 1e-3), 1e8);
+  EXPECT_GT(latte::fma_rate(2, 1e-3), 1e8);
+  expect_error(Kind::value, {"[fma_rate] ", "got threads 0", "expected threads >= 1"},
+               [] { latte::fma_rate(0, 1e-3); });
+  expect_error(Kind::value, {"[fma_rate] ", "seconds -1.0", "seconds > 0"},
+               [] { latte::fma_rate(1, -1); });
+}
+
 }  // namespace
 }  // namespace testing_latte

@@ -108,8 +108,8 @@ LATTE_EXPORT const char* cpu_isa();
 LATTE_EXPORT bool cuda_built();
 
 // Float32 multiply-adds per second, two operations each, that `threads` threads reach in registers
-// with that instruction set, measured for `seconds`: the yardstick of the benchmarks. One thread is
-// timed by its own CPU time, several by wall time.
+// with that instruction set, measured for `seconds`: the yardstick of the benchmarks. Each thread
+// is timed by its own CPU time, so that other processes do not lower it.
 LATTE_EXPORT double fma_rate(int threads, double seconds);
 
 }  // namespace latte
