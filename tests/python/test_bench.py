@@ -168,9 +168,9 @@ def test_an_unusable_peer_is_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler\nat all")
 
-    compiled = dataclasses.replace(cases.TINY, peer_lengths=(64,), compiled=True)
+    slow = dataclasses.replace(cases.TINY, peer_lengths=(64,), slow=True)
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
-    run = cases.Bench(compiled, 1)
+    run = cases.Bench(slow, 1)
     cases.against(run)
     cases.training(run)
     assert "no torch loop compiled: no compiler" in run.notes

@@ -3,7 +3,8 @@
 
 Machines drift, shared ones most of all. So what is compared is measured in turn, in one process,
 and a short measurement of the peak stands between any two calls: a share is the rate of a call over
-the mean of the two peaks around it, and a ratio is one of times of the same round.
+the mean of the two peaks around it, and a ratio is one of times of the same round. Another process
+lowers the shares of several threads, which are timed by wall time, but not the peak.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from .. import _core
 # Seconds of one measurement of the peak, and the least that a sample of calls lasts.
 PEAK_SECONDS, SAMPLE_SECONDS = 0.004, 0.004
 MIN_REPEATS = 3
+# A call that takes longer is warm after the first time.
+SLOW_SECONDS = 0.5
 
 
 class Call(NamedTuple):
@@ -93,8 +96,9 @@ def interleave(
     # The first call pays for page faults and compilation.
     counts: dict[str, int] = {}
     for name, call in calls.items():
-        elapsed(call)
-        counts[name] = max(1, round(SAMPLE_SECONDS / max(elapsed(call), 1e-7)))
+        first = elapsed(call)
+        seconds = first if first > SLOW_SECONDS else elapsed(call)
+        counts[name] = max(1, round(SAMPLE_SECONDS / max(seconds, 1e-7)))
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
     start = time.perf_counter()
     for done in range(repeats):

@@ -128,7 +128,7 @@ def softmax_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def compiled_looped() -> Attention:
-    """`looped` with its step compiled, once for all lengths that are multiples of a chunk."""
+    """`looped` with its step compiled."""
     step = torch.compile(chunk_step, dynamic=False)
     return lambda q, k, v: looped(q, k, v, step=step)
 

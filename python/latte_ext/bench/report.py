@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import __version__, _core
-from .cases import Bench, Row, buffer_bytes, copy_call, peak_text
+from .cases import Bench, Row, buffer_bytes, memory_calls, peak_text
 from .measure import PEAK_SECONDS, elapsed
 from .targets import Outcome, outcomes
 
@@ -45,8 +45,8 @@ def machine(bench: Bench) -> dict[str, Any]:
     size = buffer_bytes(bench.sizes)
     copy = {}
     for name, threads in counts.items():
-        call = copy_call(size, threads)
-        copy[name] = size / min(elapsed(call) for _ in range(4))
+        calls = memory_calls(size, threads).values()
+        copy[name] = size / min(elapsed(call) for _ in range(4) for call in calls)
     return {
         "cpu": cpu_model(),
         "isa": _core.cpu_isa(),
@@ -66,7 +66,7 @@ def describe(facts: dict[str, Any]) -> str:
         f"{facts['cpu']}, {facts['isa']}, threads {facts['threads']}, torch {facts['torch']}, "
         f"latte_ext {facts['latte_ext']}\n"
         f"float32 multiply-add peak, measured: {peak_text(facts['peak'])}\n"
-        f"copy bandwidth, read + written, by threads: {copy}"
+        f"memory bandwidth, copying or in place, read + written, by threads: {copy}"
     )
 
 
@@ -230,7 +230,11 @@ def save_plot(path: Path, bench: Bench, facts: dict[str, Any]) -> bool:
     for name, points in bench.curves.items():
         style = "o-" if name.startswith("latte") else "s--"
         left.loglog(*zip(*points, strict=True), style, label=name, markersize=4, linewidth=1)
-    left.set(xlabel="tokens T", ylabel="ns per token", title="time per token, L = D = 64")
+    left.set(
+        xlabel="tokens T",
+        ylabel="ns per token",
+        title="time per token, L = D = 64; 8 heads, all threads, unless said",
+    )
     left.legend(fontsize=7)
     _roofline(right, bench, facts)
     figure.savefig(path, dpi=120)
