@@ -54,7 +54,7 @@ void check(const py::object& q, const py::object& k, const py::object& v,
   p.y = p.q;  // never written: workspace_bytes only checks
   p.y.dtype = p.v.dtype;
   p.y.shape[3] = p.v.shape[3];
-  for (int64_t& stride : p.y.stride) stride = 1;
+  for (int i = 3; i >= 0; --i) p.y.stride[i] = i == 3 ? 1 : p.y.stride[i + 1] * p.y.shape[i + 1];
   workspace_bytes(p, 1);
 }
 

@@ -256,6 +256,12 @@ TEST(StepErrors, Arguments) {
   p.state.mean.stride[0] = 0;
   expect_rejected(p, Kind::value, {"state.mean has stride 0 in dimension 0"});
   p = good;
+  p.state.mean.stride[2] = 5;
+  expect_rejected(p, Kind::value, {"state.mean has stride 5 in dimension 2 of shape (2, 1, 5, 6)"});
+  p = good;
+  p.state.norm.stride[0] = 4;
+  expect_rejected(p, Kind::value, {"state.norm has stride 4 in dimension 0 of shape (2, 1, 5)"});
+  p = good;
   p.y.dtype = DType::float64;
   expect_rejected(p, Kind::type, {"y has dtype float64", "expected float32"});
 }

@@ -348,6 +348,13 @@ def test_backend_reference(case: str) -> None:
     bad.check("latent_attention", functools.partial(latent_attention, **options))
 
 
+def overlapping_state() -> LatentState:
+    """Each latent's mean begins with the last channel of the one before."""
+    state = empty_state()
+    state.mean = state.mean.as_strided((B, HK, L, D), (HK * L * D, L * D, D - 1, 1))
+    return state
+
+
 STEP: dict[str, Bad] = {
     "q_rank": Bad(
         lambda: {"q": zeros(B, H, 1, L)}, ValueError, "q has", r"\(2, 4, 1, 3\)", "3 dim"
@@ -395,6 +402,13 @@ STEP: dict[str, Bad] = {
         ValueError,
         "state.max has stride",
         "0 in dimension 0",
+        "each element once",
+    ),
+    "state_overlapping": Bad(
+        lambda: {"state": overlapping_state()},
+        ValueError,
+        "state.mean has stride",
+        "5 in dimension 2",
         "each element once",
     ),
     "scale": Bad(lambda: {"scale": torch.nan}, ValueError, "scale is", "nan", "finite"),

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/validate.h"
 
+#include <cstdlib>
 #include <initializer_list>
 #include <string>
 
@@ -88,14 +89,26 @@ class Checker {
          std::string(name) + " has dtype " + name_of(t.dtype) + ", expected " + expected);
   }
 
-  // An output must not address one element twice.
+  // An output must not address one element twice. Sufficient, and true of every view that torch
+  // makes of a dense tensor without expanding or unfolding it: each stride steps over all that the
+  // smaller strides reach.
   void writable(const char* name, const Tensor& t) const {
     for (int64_t i = 0; i < t.rank; ++i)
       if (t.shape[i] == 0) return;
-    for (int64_t i = 0; i < t.rank; ++i)
-      if (t.shape[i] > 1 && t.stride[i] == 0)
-        fail(Kind::value, std::string(name) + " has stride 0 in dimension " + std::to_string(i) +
+    for (int64_t i = 0; i < t.rank; ++i) {
+      if (t.shape[i] == 1) continue;
+      const int64_t stride = std::abs(t.stride[i]);
+      int64_t reach = 0;
+      for (int64_t j = 0; j < t.rank; ++j) {
+        const int64_t other = std::abs(t.stride[j]);
+        if (other < stride || (other == stride && j < i)) reach += (t.shape[j] - 1) * other;
+      }
+      if (stride <= reach || stride == 0)
+        fail(Kind::value, std::string(name) + " has stride " + std::to_string(t.stride[i]) +
+                              " in dimension " + std::to_string(i) + " of shape " +
+                              shape_text(t.shape, t.rank) +
                               ", expected an output that addresses each element once");
+    }
   }
 
   // q, k and v: floating point, all float64 or none.
