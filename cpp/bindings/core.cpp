@@ -17,11 +17,14 @@ struct AlignedDelete {
 
 template <class Params>
 void call(void (*run)(const Params&, void*, int), const Params& params, int threads) {
-  const int64_t bytes = workspace_bytes(params, threads);
-  const std::unique_ptr<char, AlignedDelete> workspace(
-      static_cast<char*>(::operator new[](static_cast<size_t>(bytes), std::align_val_t{64})));
+  // Enough for one token, whose kernel takes little longer than an allocation.
+  alignas(64) char small[8192];
+  const auto bytes = static_cast<size_t>(workspace_bytes(params, threads));
+  std::unique_ptr<char, AlignedDelete> large;
+  if (bytes > sizeof small)
+    large.reset(static_cast<char*>(::operator new[](bytes, std::align_val_t{64})));
   const py::gil_scoped_release release;
-  run(params, workspace.get(), threads);
+  run(params, large ? large.get() : small, threads);
 }
 
 State state(const py::object& max, const py::object& norm, const py::object& mean,
@@ -108,6 +111,43 @@ void step(const py::object& q, const py::object& k, const py::object& v, const p
   call(latent_attention_step, p, threads);
 }
 
+// A method of a tensor by its interned name.
+template <class... Args>
+py::object call_method(PyObject* name, const py::handle& tensor, const Args&... args) {
+  PyObject* const stack[] = {tensor.ptr(), args.ptr()...};
+  PyObject* const result = PyObject_VectorcallMethod(name, stack, 1 + sizeof...(args), nullptr);
+  if (!result) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+// Memory that means what it says: read in place, and not lazily negated.
+bool plain(const py::handle& object, Tensor& t) {
+  static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
+  return read_through_dlpack(object.ptr(), t) &&
+         call_method(is_neg, object).is(py::handle(Py_False));
+}
+
+// y, or None with nothing written, if the call is not one of plain CPU tensors that fit together.
+py::object step_plain(const py::handle& q, const py::handle& k, const py::handle& v,
+                      const py::handle& max, const py::handle& norm, const py::handle& mean,
+                      double scale, int threads) {
+  static PyObject* const new_empty = PyUnicode_InternFromString("new_empty");
+  LatentAttentionStep p;
+  if (!plain(q, p.q) || !plain(k, p.k) || !plain(v, p.v) || !plain(max, p.state.max) ||
+      !plain(norm, p.state.norm) || !plain(mean, p.state.mean) || p.q.rank != 3 || p.v.rank != 3)
+    return py::none();
+  p.scale = scale;
+  const py::object y =
+      call_method(new_empty, v, py::make_tuple(p.q.shape[0], p.q.shape[1], p.v.shape[2]));
+  p.y = tensor_from_torch(y);
+  try {
+    call(latent_attention_step, p, threads);
+  } catch (const Error&) {
+    return py::none();
+  }
+  return y;
+}
+
 void translate(const Error& error) {
   PyObject* type = error.kind == Error::Kind::value  ? PyExc_ValueError
                    : error.kind == Error::Kind::type ? PyExc_TypeError
@@ -147,6 +187,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("latent_attention_step", &step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("max"),
         py::arg("norm"), py::arg("mean"), py::arg("y"), py::arg("scale"), py::arg("threads"),
         "Updates the state in place and writes y.");
+  m.def("latent_attention_step_plain", &step_plain, py::arg("q"), py::arg("k"), py::arg("v"),
+        py::arg("max"), py::arg("norm"), py::arg("mean"), py::arg("scale"), py::arg("threads"),
+        "Updates the state in place and returns y; None, and nothing written, unless every "
+        "argument is a plain CPU tensor and they fit together.");
   m.def("version", &latte::version, "Version of the core.");
   m.def("cpu_isa", &latte::cpu_isa, "Instruction set of the CPU kernels in use.");
   m.def("fma_rate", &latte::fma_rate, py::arg("threads"), py::arg("seconds"),

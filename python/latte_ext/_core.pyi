@@ -62,6 +62,16 @@ def latent_attention_step(
     scale: float,
     threads: int,
 ) -> None: ...
+def latent_attention_step_plain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    max: Tensor,
+    norm: Tensor,
+    mean: Tensor,
+    scale: float,
+    threads: int,
+) -> Tensor | None: ...
 def version() -> str: ...
 def cpu_isa() -> str: ...
 def cuda_built() -> bool: ...

@@ -123,6 +123,10 @@ def latent_attention_step(
         ValueError: shapes or values; TypeError: dtypes; RuntimeError: devices, or an input that
         requires grad while grad mode is on.
     """
+    if isinstance(state, LatentState):
+        y = _ops.latent_attention_step_direct(q, k, v, state.max, state.norm, state.mean, scale)
+        if y is not None:
+            return y
     op = "latent_attention_step"
     _check_tensors(op, q=q, k=k, v=v)
     _check_scalars(op, scale)

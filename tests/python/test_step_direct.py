@@ -1,0 +1,315 @@
+# SPDX-License-Identifier: Apache-2.0
+"""When latent_attention_step may skip the dispatcher, and that nobody can tell."""
+
+import contextlib
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import DTYPES, make_problem, time_major
+from latte_ext import LatentState, _ops, latent_attention_step
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+NAMES = ("q", "k", "v", "max", "norm", "mean")
+
+
+def make_arguments(**options: object) -> dict[str, Tensor]:
+    problem = make_problem(3, 4, 1, initial_state=True, **options)  # type: ignore[arg-type]
+    rows = (x[:, :, 0] for x in (problem.q, problem.k, problem.v))
+    return dict(zip(NAMES, (*rows, *(problem.state or ())), strict=True))
+
+
+def step(q: Tensor, k: Tensor, v: Tensor, *state: Tensor, scale: float = 1.0) -> Tensor:
+    return latent_attention_step(q, k, v, LatentState(*state), scale=scale)
+
+
+def copies(arguments: dict[str, Tensor]) -> list[Tensor]:
+    """With the same strides."""
+    return [torch.empty_like(x).copy_(x) for x in arguments.values()]
+
+
+@pytest.fixture
+def operator_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
+    calls = []
+    operator = _ops.latent_attention_step
+
+    def record(*args: object) -> object:
+        calls.append(args)
+        return operator(*args)
+
+    monkeypatch.setattr(_ops, "latent_attention_step", record)
+    return calls
+
+
+# Taken -------------------------------------------------------------------------------------------
+
+
+GRAD_MODES: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "grad": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+}
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x,
+    "transposed": time_major,
+    "sliced": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("mode", GRAD_MODES)
+def test_same_as_the_operator(
+    mode: str, dtype: torch.dtype, layout: str, operator_calls: list[tuple[object, ...]]
+) -> None:
+    """To the bit, and in everything that a tensor shows."""
+    arguments = make_arguments(dtype=dtype, heads=4, kv_heads=2)
+    arguments = {name: LAYOUTS[layout](x) for name, x in arguments.items()}
+    direct, dispatched = copies(arguments), copies(arguments)
+    with GRAD_MODES[mode]():
+        y = step(*direct, scale=0.5)
+        assert not operator_calls
+        want = _ops.latent_attention_step(*dispatched, 0.5)
+    assert torch.equal(y, want)
+    assert y.stride() == want.stride()
+    assert (y.dtype, y.requires_grad) == (want.dtype, want.requires_grad)
+    assert y.is_inference() == want.is_inference()
+    assert all(map(torch.equal, direct, dispatched))
+    assert [x._version for x in direct] == [x._version for x in dispatched]
+
+
+def test_inputs_that_require_grad_without_grad_mode(
+    operator_calls: list[tuple[object, ...]],
+) -> None:
+    arguments = [x.requires_grad_() for x in make_arguments().values()]
+    with torch.no_grad():
+        y = step(*arguments)
+    assert not operator_calls
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize("name", ["max", "norm", "mean"])
+def test_backward_through_the_state_before_raises(
+    name: str, operator_calls: list[tuple[object, ...]]
+) -> None:
+    arguments = make_arguments()
+    weight = torch.ones_like(arguments[name]).requires_grad_()
+    loss = (weight * arguments[name]).sum()
+    step(*arguments.values())
+    assert not operator_calls
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_state_of_inference_and_other_tensors(operator_calls: list[tuple[object, ...]]) -> None:
+    arguments = make_arguments()
+    with torch.inference_mode():
+        arguments["norm"] = arguments["norm"].clone()
+        step(*arguments.values())
+    assert not operator_calls
+    assert (arguments["max"]._version, arguments["mean"]._version) == (1, 1)
+
+
+# Not taken ---------------------------------------------------------------------------------------
+
+
+class LoggingMode(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class LoggingFunctionMode(TorchFunctionMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.seen.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", [LoggingMode, LoggingFunctionMode])
+def test_modes_see_the_operator(mode: type[LoggingMode | LoggingFunctionMode]) -> None:
+    arguments = make_arguments()
+    with torch.inference_mode(), mode() as active:
+        step(*arguments.values())
+    assert "latte_ext.latent_attention_step.default" in active.seen
+
+
+CONTEXTS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
+    "flop_counter": lambda: FlopCounterMode(display=False),
+    "default_device": lambda: torch.device("cpu"),
+    "dual_level": forward_ad.dual_level,
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_contexts_see_the_operator(context: str, operator_calls: list[tuple[object, ...]]) -> None:
+    arguments = make_arguments()
+    with torch.no_grad(), CONTEXTS[context]():
+        step(*arguments.values())
+    assert len(operator_calls) == 1
+
+
+@pytest.mark.parametrize("profile", [torch.profiler.profile, torch.autograd.profiler.profile])
+def test_profilers_see_the_operator(profile: Callable[[], torch.autograd.profiler.profile]) -> None:
+    arguments = make_arguments()
+    with torch.inference_mode(), profile() as profiler:
+        step(*arguments.values())
+    assert "latte_ext::latent_attention_step" in {x.key for x in profiler.key_averages()}
+
+
+class Logged(Tensor):
+    seen: list[str]
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is _ops.latent_attention_step:
+            cls.seen.append(str(func))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_subclasses_see_the_operator(name: str) -> None:
+    Logged.seen = []
+    arguments = make_arguments()
+    arguments[name] = arguments[name].as_subclass(Logged)
+    with torch.no_grad():
+        step(*arguments.values())
+    assert Logged.seen == ["latte_ext.latent_attention_step.default"]
+
+
+def test_fake_tensors() -> None:
+    with FakeTensorMode():
+        arguments = [torch.empty(x.shape) for x in make_arguments().values()]
+        y = step(*arguments)
+    assert (y.shape, y.device.type) == ((2, 2, 4), "cpu")
+    assert isinstance(y, torch._subclasses.FakeTensor)
+    step(*arguments)  # outside of the mode
+
+
+def test_meta_tensors() -> None:
+    y = step(*(x.to("meta") for x in make_arguments().values()))
+    assert (y.shape, y.device.type) == ((2, 2, 4), "meta")
+
+
+def test_traces_contain_the_operator() -> None:
+    arguments = list(make_arguments().values())
+    graph = make_fx(step)(*arguments).graph
+    assert torch.ops.latte_ext.latent_attention_step.default in {x.target for x in graph.nodes}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(step, tuple(arguments), check_trace=False)
+    assert "latte_ext::latent_attention_step" in str(traced.graph)
+
+
+def test_compiled_graphs_contain_the_operator() -> None:
+    targets = []
+
+    def backend(module: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+        targets.extend(node.target for node in module.graph.nodes)
+        return module.forward
+
+    compiled, eager = copies(make_arguments()), copies(make_arguments())
+    state = LatentState(*compiled[3:])
+    function = torch.compile(latent_attention_step, fullgraph=True, backend=backend)
+    with torch.inference_mode():
+        y = function(*compiled[:3], state)
+    torch.compiler.reset()
+    assert torch.ops.latte_ext.latent_attention_step.default in targets
+    assert torch.equal(y, step(*eager))
+    assert all(map(torch.equal, compiled, eager))
+
+
+@pytest.mark.parametrize("transform", ["vmap", "functionalize"])
+def test_transforms_reach_the_operator(
+    transform: str, operator_calls: list[tuple[object, ...]]
+) -> None:
+    arguments = list(make_arguments().values())
+    if transform == "vmap":
+        arguments = [x.unsqueeze(0) for x in arguments]
+    with contextlib.suppress(RuntimeError):
+        getattr(torch.func, transform)(step)(*arguments)
+    assert len(operator_calls) == 1
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_lazy_negation_is_resolved(name: str, operator_calls: list[tuple[object, ...]]) -> None:
+    plain, negated = make_arguments(), make_arguments()
+    negated[name] = torch._neg_view(-negated[name])
+    with torch.inference_mode():
+        y = step(*negated.values())
+    assert len(operator_calls) == 1
+    assert torch.equal(y, step(*plain.values()))
+
+
+@pytest.mark.parametrize("name", ["max", "norm", "mean"])
+def test_lazily_negated_state_reaches_the_operator(
+    name: str, operator_calls: list[tuple[object, ...]]
+) -> None:
+    arguments = make_arguments()
+    arguments[name] = torch._neg_view(arguments[name])
+    with torch.inference_mode(), contextlib.suppress(RuntimeError):  # torch refuses to write there
+        step(*arguments.values())
+    assert len(operator_calls) == 1
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_tensors_without_memory_reach_the_operator(
+    name: str, operator_calls: list[tuple[object, ...]]
+) -> None:
+    plain, zero = make_arguments(), make_arguments()
+    plain[name].zero_()
+    zero[name] = torch._efficientzerotensor(zero[name].shape)
+    assert torch.equal(step(*zero.values()), step(*plain.values()))
+    assert len(operator_calls) == 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_reach_the_operator(name: str, operator_calls: list[tuple[object, ...]]) -> None:
+    arguments = make_arguments()
+    arguments[name].requires_grad_()
+    with pytest.raises(RuntimeError, match=rf"\[latent_attention_step\] got {name} that requires"):
+        step(*arguments.values())
+    assert len(operator_calls) == 1
+
+
+# Reading tensors ---------------------------------------------------------------------------------
+
+
+def test_torch_without_the_exchange_api() -> None:
+    """torch before 2.10: everything as documented, through attributes and the operator."""
+    script = (
+        "import sys, torch, pytest\n"
+        "torch.Tensor.__dlpack_c_exchange_api__ = None\n"
+        "from latte_ext import _core\n"
+        "x = torch.zeros(1, 1, 1)\n"
+        "state = x.clone(), x.clone(), x[..., None].clone()\n"
+        "assert _core.latent_attention_step_plain(x, x, x, *state, 1.0, 1) is None\n"
+        "sys.exit(pytest.main(sys.argv[1:]))\n"
+    )
+    here = Path(__file__).parent
+    files = [here / name for name in ("test_step.py", "test_bad_input.py")]
+    result = subprocess.run(
+        [sys.executable, "-c", script, "-q", "-p", "no:cacheprovider", *map(str, files)],
+        cwd=here.parents[1],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
