@@ -137,8 +137,9 @@ py::object step_plain(const py::handle& q, const py::handle& k, const py::handle
       !plain(norm, p.state.norm) || !plain(mean, p.state.mean) || p.q.rank != 3 || p.v.rank != 3)
     return py::none();
   p.scale = scale;
-  const py::object y =
-      call_method(new_empty, v, py::make_tuple(p.q.shape[0], p.q.shape[1], p.v.shape[2]));
+  // Three integers: torch takes 0.3 us longer to read them from a tuple.
+  const py::object y = call_method(new_empty, v, py::int_(p.q.shape[0]), py::int_(p.q.shape[1]),
+                                   py::int_(p.v.shape[2]));
   p.y = tensor_from_torch(y);
   try {
     call(latent_attention_step, p, threads);
