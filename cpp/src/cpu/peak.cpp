@@ -14,7 +14,7 @@ namespace latte {
 namespace {
 
 // Some 0.2 ms between two looks at the clock, which costs a system call.
-constexpr int64_t kBlock = 1 << 16;
+constexpr int64_t kBlock = 65536;
 
 // The calling thread's own time: one that another process displaces does not seem slower.
 double cpu_seconds() {
