@@ -41,7 +41,7 @@ $(GTEST_HEADER):
 define cpp-suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(1) -G Ninja -DLATTE_BUILD_TESTS=ON $(2) >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1)
-	ctest --test-dir $(1) --output-on-failure
+	ctest --test-dir $(1) --output-on-failure --parallel 2
 endef
 
 test-cpp: $(VENV)/requirements $(GTEST_HEADER)
