@@ -63,9 +63,19 @@ class RowView {
   }
   T* row_in_place(int64_t i) const { return static_cast<T*>(rows_.data) + i * rows_.stride_t; }
   int64_t stride_in_place() const { return rows_.stride_t; }
-  int64_t width() const { return width_; }
+
+  // For prefetching: is a row one piece of memory, in whatever dtype, a fixed step from the next?
+  bool one_piece() const { return rows_.data && rows_.stride_c == 1 && group_ == 1; }
+  const char* row_address(int64_t i) const {
+    return static_cast<const char*>(rows_.data) + i * stride_bytes();
+  }
+  int64_t row_bytes() const { return width_ * storage_bytes(); }
+  int64_t stride_bytes() const { return rows_.stride_t * storage_bytes(); }
 
  protected:
+  int64_t storage_bytes() const {
+    return rows_.dtype == DType::bfloat16 || rows_.dtype == DType::float16 ? 2 : sizeof(T);
+  }
   bool has_row(int64_t i) const { return per_row_ == PerRow::every || i % group_ == 0; }
   int64_t offset(int64_t i) const {
     return group_ == 1 ? i * rows_.stride_t

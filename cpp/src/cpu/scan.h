@@ -107,11 +107,10 @@ class PrefetchList {
 
   template <class T>
   void add(const RowView<T>& rows, int64_t first) {
-    if (!rows.in_place()) return;
-    const char* row = reinterpret_cast<const char*>(rows.row_in_place(first));
-    for (int64_t byte = 0; byte < rows.width() * int64_t(sizeof(T)) && count_ < kMax; byte += 64) {
-      lines_[count_] = row + byte;
-      strides_[count_++] = rows.stride_in_place() * int64_t(sizeof(T));
+    if (!rows.one_piece()) return;
+    for (int64_t byte = 0; byte < rows.row_bytes() && count_ < kMax; byte += 64) {
+      lines_[count_] = rows.row_address(first) + byte;
+      strides_[count_++] = rows.stride_bytes();
     }
   }
   void pace(int64_t tiles) { tiles_ = tiles; }

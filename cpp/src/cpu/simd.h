@@ -147,6 +147,41 @@ LATTE_INLINE float reduce_max<float>(VecF x) {
 }
 #endif
 
+// [a0 + a1, a2 + a3, .., b0 + b1, b2 + b3, ..]
+LATTE_INLINE VecF pair_sums(VecF a, VecF b) {
+#if LATTE_VECTOR_BYTES == 64
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif LATTE_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
+}
+LATTE_INLINE VecD pair_sums(VecD a, VecD b) {
+#if LATTE_VECTOR_BYTES == 64
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#elif LATTE_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#else
+  return __builtin_shufflevector(a, b, 0, 2) + __builtin_shufflevector(a, b, 1, 3);
+#endif
+}
+// The sums of as many vectors as a vector has lanes, in order.
+template <class T, int kCount = kLanes<T>>
+LATTE_INLINE Vec<T> sums_of(const Vec<T>* x) {
+  if constexpr (kCount == 1) {
+    return x[0];
+  } else {
+    Vec<T> half[kCount / 2];
+#pragma GCC unroll 8
+    for (int i = 0; i < kCount / 2; ++i) half[i] = pair_sums(x[2 * i], x[2 * i + 1]);
+    return sums_of<T, kCount / 2>(half);
+  }
+}
+
 // 1/x for normal x. vrcp14ps and one Newton step are within 1 ulp of the division and leave the
 // divider alone (a 512-bit vdivps blocks it for 16 to 24 cycles).
 template <class V>
@@ -202,8 +237,9 @@ LATTE_INLINE VecF exp(VecF x) {
   // exp(-200) is 0 after scalef, and the clamp keeps -inf out of the subtraction.
   const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
   const __m512 log2e = _mm512_set1_ps(1.44269504088896341f);
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(bounded, log2e),
-                                        _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  // Adding 1.5 * 2^23 rounds to an integer, in one operation less than vrndscaleps.
+  const __m512 magic = _mm512_set1_ps(12582912.0f);
+  const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(bounded, log2e, magic), magic);
   // An intrinsic, since the compiler would share the rounded product with the line above (1e-6 of
   // error); the second step adds the low part of log2(e).
   __m512 f = _mm512_fmsub_ps(bounded, log2e, n);

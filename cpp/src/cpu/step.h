@@ -106,9 +106,8 @@ inline void step(const HeadTask& task, Arena arena) {
   logits_q<T>(task).copy(0, task.group, s.q, width);
   step_normaliser(task, s, width);
   for (int64_t g = 0; g < task.group; ++g) {
-    T inverse_sum;
     T* const p = s.p + g * width;
-    softmax_rows(1, width, s.q + g * width, width, p, width, &inverse_sum);
+    const T inverse_sum = softmax_row(width, s.q + g * width, p);
     for (int64_t l = 0; l < width; l += kLanes<T>) store(p + l, load(p + l) * inverse_sum);
     if (g == 0) {
       step_head<T, true>(task, s.alpha, p, s.v, s.y);
