@@ -62,6 +62,8 @@ LATTE_INLINE void step_columns(const HeadTask& task, const T* alpha, const T* p,
     sum[j] = Vec<T>{};
   }
   T* row = static_cast<T*>(task.initial.mean) + d;
+  // Two latents per turn save 6 % at L = D = 64; four lose 20 % at L = D = 128 with AVX-512.
+#pragma GCC unroll 2
   for (int64_t l = 0; l < task.latents; ++l, row += task.initial.mean_stride_l) {
     const Vec<T> a = splat(alpha[l]), weight = splat(p[l]);
 #pragma GCC unroll 4
