@@ -226,3 +226,17 @@ def test_rows_before_a_nan_key_are_right(latents: int) -> None:
     y = latent_attention(q, k, v)
     torch.testing.assert_close(y[:, :, :poisoned], whole[:, :, :poisoned], rtol=0, atol=2e-6)
     assert y[:, :, poisoned:].isnan().all()
+
+
+def test_rows_of_a_chunk_far_apart() -> None:
+    """Rows share a maximum in softmax; one far above or below the first needs its own."""
+    v = torch.randn(1, 1, 200, 5)
+    k = torch.randn(1, 1, 200, 6)
+    q = torch.randn(1, 1, 200, 6)
+    for row, shift in ((1, 80.0), (2, 200.0), (3, 300.0), (5, -90.0), (66, 1e4), (67, -1e4)):
+        q[:, :, row] += shift
+        q[:, :, row + 70, 2] += shift
+    q[:, :, 128] += 3e38
+    y = latent_attention(q, k, v)
+    want = latent_attention(q.double(), k.double(), v.double())
+    assert (y - want).abs().max() < 2e-6

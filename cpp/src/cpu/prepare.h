@@ -25,9 +25,11 @@ inline constexpr T kLowest = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__);
 template <class T>
 inline constexpr T kEmptyNorm = T(1e-30);
 
-// Of exp(q - the chunk's maximum) over a row: below it, the row gets a maximum of its own.
+// Of exp(q - the shared maximum) over a row: outside, the row gets a maximum of its own.
 template <class T>
 inline constexpr T kSmallSum = T(1) / 64;
+template <class T>
+inline constexpr T kLargeSum = 4096;
 
 using cpu::kChunk;
 
@@ -72,26 +74,27 @@ inline T softmax_row(int64_t width, const T* q, T* p) {
   return total == 0 ? 0 : 1 / total;
 }
 
-// The same for a chunk of rows. They share the chunk's maximum, which takes the reductions and
-// divisions out of the rows (58 -> 51 cycles per token at L = 64, 100 -> 84 with AVX2); a row whose
-// sum is then small or NaN is done again alone, so q - top is at most 8.4 where it matters and
-// rounds as well as before.
+// The same for a chunk of rows. They share the maximum of the first one, never of a later one, so
+// that the future cannot change a bit of the past; that takes the reductions and divisions out of
+// the rows. A row whose sum then is small, large or NaN is done again alone, so that q - top stays
+// below 8.4 where it matters and rounds as well as before.
 template <class T>
 inline void softmax_rows(int64_t n, int64_t width, const T* q, int64_t q_stride, T* p,
                          int64_t p_stride, T* inverse_sums) {
   constexpr int64_t lanes = kLanes<T>;
   Vec<T> m = load(q);
-  for (int64_t t = 0; t < n; ++t)
-    for (int64_t l = 0; l < width; l += lanes) m = max(load(q + t * q_stride + l), m);
+  for (int64_t l = lanes; l < width; l += lanes) m = max(m, load(q + l));
   const T highest = reduce_max<T>(m);
-  const Vec<T> top = splat(highest >= kLowest<T> ? highest : T(0));
+  const bool usable = highest >= kLowest<T> && highest <= -kLowest<T>;
+  const Vec<T> top = splat(usable ? highest : T(0));
   alignas(64) Vec<T> sums[kChunk];
   for (int64_t t = 0; t < n; ++t) {
     const T* row = q + t * q_stride;
     T* out = p + t * p_stride;
     Vec<T> sum = {};
     for (int64_t l = 0; l < width; l += lanes) {
-      const Vec<T> e = exp(load(row + l) - top);
+      // exp() is for x <= 88, and exp(88) sends the row to its own maximum.
+      const Vec<T> e = exp(min(splat(T(88)), load(row + l) - top));
       sum += e;
       store(out + l, e);
     }
@@ -101,7 +104,7 @@ inline void softmax_rows(int64_t n, int64_t width, const T* q, int64_t q_stride,
   for (int64_t first = 0; first < n; first += lanes) {
     const Vec<T> sum = sums_of<T>(sums + first);
     store(inverse_sums + first, 1 / sum);
-    const Vec<T> alone = sum >= kSmallSum<T> ? Vec<T>{} : splat(T(1));
+    const Vec<T> alone = (sum >= kSmallSum<T>)&(sum <= kLargeSum<T>) ? Vec<T>{} : splat(T(1));
     if (!any_greater(alone, Vec<T>{})) continue;
     for (int64_t t = first; t < n && t < first + lanes; ++t)
       if (alone[t - first] > 0)

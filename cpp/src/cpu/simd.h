@@ -89,6 +89,17 @@ LATTE_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
 LATTE_INLINE VecD max(VecD a, VecD b) { return a > b ? a : b; }
 #endif
 
+#if LATTE_VECTOR_BYTES == 64
+LATTE_INLINE VecF min(VecF a, VecF b) { return (VecF)_mm512_min_ps((__m512)a, (__m512)b); }
+LATTE_INLINE VecD min(VecD a, VecD b) { return (VecD)_mm512_min_pd((__m512d)a, (__m512d)b); }
+#elif LATTE_VECTOR_BYTES == 32
+LATTE_INLINE VecF min(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
+LATTE_INLINE VecD min(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
+#else
+LATTE_INLINE VecF min(VecF a, VecF b) { return a < b ? a : b; }
+LATTE_INLINE VecD min(VecD a, VecD b) { return a < b ? a : b; }
+#endif
+
 template <class V>
 LATTE_INLINE bool any_greater(V a, V b) {
   const auto mask = a > b;
