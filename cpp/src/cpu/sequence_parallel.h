@@ -97,7 +97,7 @@ inline void merge_carry_into(HeadTask task, const HeadState& from, const HeadSta
 // A call whose sequences are never cut.
 struct NoStages {
   static constexpr int kPhases = 1;
-  static int64_t stages(int, int64_t) { return 0; }
+  static int64_t stages(int, int64_t) { return 1; }
   static int64_t slots(int64_t) { return 0; }
   static void run_stage(const CutTask&, int, int64_t, const StageRunner&) {}
 };
