@@ -296,6 +296,19 @@ latent_attention = _OPS.latent_attention.default
 latent_attention_step = _OPS.latent_attention_step.default
 
 
+# What tells a call that the dispatcher is needed. Private to torch, so it may go: then no call is
+# direct.
+_PROBES = (
+    (torch._C, "_len_torch_dispatch_stack"),
+    (torch._C, "_len_torch_function_stack"),
+    (torch._C, "_are_functorch_transforms_active"),
+    (torch._C, "_get_tracing_state"),
+    (torch._C._autograd, "_profiler_enabled"),
+    (torch.autograd.forward_ad, "_current_level"),
+)
+_CAN_BE_DIRECT = all(hasattr(module, name) for module, name in _PROBES)
+
+
 def latent_attention_step_direct(
     q: Tensor, k: Tensor, v: Tensor, max: Tensor, norm: Tensor, mean: Tensor, scale: float
 ) -> Tensor | None:
@@ -305,7 +318,8 @@ def latent_attention_step_direct(
     wherever an argument is not what the kernel takes: then the operator has to answer.
     """
     if (
-        torch.compiler.is_compiling()
+        not _CAN_BE_DIRECT
+        or torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack()
         or torch._C._len_torch_function_stack()
         or torch._C._are_functorch_transforms_active()

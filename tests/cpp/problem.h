@@ -154,6 +154,19 @@ class Call {
     p.causal = c.causal, p.scale = c.scale;
     return p;
   }
+  // Of a case with one token: (B, H, T, C) without T is the (N, H, C) of a step.
+  latte::LatentAttentionStep step_params() const {
+    const auto token = [](latte::Tensor t) {
+      t.rank = 3;
+      t.shape[2] = t.shape[3], t.stride[2] = t.stride[3];
+      return t;
+    };
+    latte::LatentAttentionStep p;
+    p.q = token(q.tensor()), p.k = token(k.tensor());
+    p.v = token(v.tensor()), p.y = token(y.tensor());
+    p.state = initial.state();
+    return p;
+  }
   latte::LatentAttentionBackward backward_params() const {
     latte::LatentAttentionBackward p;
     p.q = q.tensor(), p.k = k.tensor(), p.v = v.tensor();

@@ -68,16 +68,7 @@ TEST(Allocations, NoneInStepAndMerge) {
   Case c;
   c.batch = 2, c.heads = 4, c.kv_heads = 2, c.tokens = 1, c.initial = true;
   const Call call(c);
-  // With one token, (B, H, T, C) without T is the (N, H, C) of a step.
-  const auto token = [](latte::Tensor t) {
-    t.rank = 3;
-    t.shape[2] = t.shape[3], t.stride[2] = t.stride[3];
-    return t;
-  };
-  latte::LatentAttentionStep step;
-  step.q = token(call.q.tensor()), step.k = token(call.k.tensor());
-  step.v = token(call.v.tensor()), step.y = token(call.y.tensor());
-  step.state = call.initial.state();
+  const latte::LatentAttentionStep step = call.step_params();
   std::vector<unsigned char> memory(latte::workspace_bytes(step, 1));
   EXPECT_EQ(count([&] { latte::latent_attention_step(step, memory.data(), 1); }), 0);
   EXPECT_EQ(count([&] { latte::state_merge({step.state, step.state, step.state}); }), 0);

@@ -49,20 +49,6 @@ class RestoreMode {
   const uint64_t saved_ = mode();
 };
 
-latte::LatentAttentionStep step_of(const Call& call) {
-  // With one token, (B, H, T, C) without T is the (N, H, C) of a step.
-  const auto token = [](latte::Tensor t) {
-    t.rank = 3;
-    t.shape[2] = t.shape[3], t.stride[2] = t.stride[3];
-    return t;
-  };
-  latte::LatentAttentionStep step;
-  step.q = token(call.q.tensor()), step.k = token(call.k.tensor());
-  step.v = token(call.v.tensor()), step.y = token(call.y.tensor());
-  step.state = call.initial.state();
-  return step;
-}
-
 // Forward, backward, step and merge, each followed by check(name).
 template <class F>
 void call_everything(int threads, F check) {
@@ -80,7 +66,7 @@ void call_everything(int threads, F check) {
   Case c;
   c.batch = 16, c.heads = c.kv_heads = 8, c.tokens = 1, c.latents = c.dim = 64, c.initial = true;
   Call call(c);
-  run(step_of(call), threads), check("step");
+  run(call.step_params(), threads), check("step");
   latte::state_merge({call.initial.state(), call.initial.state(), call.initial.state()});
   check("merge");
 }

@@ -8,10 +8,10 @@ N sequences (B, or the number of packed sequences).
 import dataclasses
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 
 import torch
 from latte_ext import LatentState, latent_attention, reference
+from latte_ext.bench.measure import torch_threads as threads
 from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -286,17 +286,6 @@ def check(problem: Problem) -> Solution:
     assert solution.dv.dtype == problem.v.dtype
     assert {solution.max.dtype, solution.norm.dtype, solution.mean.dtype} == {wide}
     return solution
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """torch's thread count, which the library follows, set to `count` inside the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def time_major(x: Tensor) -> Tensor:

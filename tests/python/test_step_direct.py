@@ -144,6 +144,15 @@ class LoggingFunctionMode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def test_torch_without_a_probe(
+    operator_calls: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_ops, "_CAN_BE_DIRECT", False)
+    with torch.inference_mode():
+        step(*make_arguments().values())
+    assert len(operator_calls) == 1
+
+
 @pytest.mark.parametrize("mode", [LoggingMode, LoggingFunctionMode])
 def test_modes_see_the_operator(mode: type[LoggingMode | LoggingFunctionMode]) -> None:
     arguments = make_arguments()

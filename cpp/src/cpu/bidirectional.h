@@ -151,13 +151,9 @@ class Bidirectional {
         scan.direct = y.row_in_place(first);
         scan.direct_stride = y.stride_in_place();
       }
-      PrefetchList next;
-      if (first + n < end) {
-        next.add(q_, first + n);
-        next.add(y, first + n);
-        next.pace(tile_count(mean_));
-        scan.prefetch = &next;
-      }
+      PrefetchList next(tile_count(mean_));
+      if (first + n < end) next.add(first + n, q_, y);
+      scan.prefetch = &next;
       scan_tiles<T, Part::output_only, Decay::none>(scan);
       flush_blocks(y, first, n, s_.y);
     }
@@ -177,13 +173,9 @@ class Bidirectional {
       pack_blocks(v_, first, n, s_.v);
       ScanOperands<T> scan = scan_operands<T>(n, s_.ew, s_.v, nullptr, mean_);
       scan.alpha = s_.alpha;
-      PrefetchList next;
-      if (first + n < task_.end) {
-        next.add(k_, first + n);
-        next.add(v_, first + n);
-        next.pace(tile_count(mean_));
-        scan.prefetch = &next;
-      }
+      PrefetchList next(tile_count(mean_));
+      if (first + n < task_.end) next.add(first + n, k_, v_);
+      scan.prefetch = &next;
       if (keys == Keys::rising) {
         scan_tiles<T, Part::update_only, Decay::rows_before>(scan);
       } else {
@@ -221,14 +213,12 @@ class Bidirectional {
       pair_twice(dy, first, n, s_.v);
       ScanOperands<T> update = scan_operands<T>(n, s_.ew, s_.v, nullptr, h_);
       ScanOperands<T> output = scan_operands<T>(n, s_.vg, nullptr, s_.u, mean_transposed_);
-      PrefetchList next;
+      PrefetchList next(tile_count(h_) + tile_count(mean_transposed_));
       if (first + n < end) {
-        next.add(q_, first + n);
-        next.add(dy, first + n);
-        next.add(dq, first);
-        next.pace(tile_count(h_) + tile_count(mean_transposed_));
-        update.prefetch = output.prefetch = &next;
+        next.add(first + n, q_, dy);
+        next.add(first, dq);
       }
+      update.prefetch = output.prefetch = &next;
       scan_tiles<T, Part::update_only, Decay::none>(update);
       scan_tiles<T, Part::output_only, Decay::none>(output);
       const RowsResult<T> result(dq, first, s_.dq, stride_);
@@ -271,15 +261,12 @@ class Bidirectional {
         values.direct = dv.row_in_place(first);
         values.direct_stride = dv.stride_in_place();
       }
-      PrefetchList next;
+      PrefetchList next(tile_count(h_) + tile_count(h_transposed_));
       if (first + n < task_.end) {
-        next.add(k_, first + n);
-        next.add(v_, first + n);
-        next.add(dv, first + n);
-        next.add(dk, first);
-        next.pace(tile_count(h_) + tile_count(h_transposed_));
-        values.prefetch = keys.prefetch = &next;
+        next.add(first + n, k_, v_, dv);
+        next.add(first, dk);
       }
+      values.prefetch = keys.prefetch = &next;
       scan_tiles<T, Part::output_only, Decay::none>(values);
       scan_tiles<T, Part::output_only, Decay::none>(keys);
       const RowsResult<T> result(dk, first, s_.dk, stride_);

@@ -59,21 +59,15 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
     const Keys keys = prepare<T, Operands::forward>(n, width, qs.data, qs.stride, ks.data,
                                                     ks.stride, norm, prepared);
     pack_blocks(v, first, n, s.v);
-    PrefetchList next;
+    PrefetchList next(tile_count(state));
     ScanOperands<T> scan = scan_operands<T>(n, s.ew, s.v, s.y, state);
     scan.alpha = s.alpha;
     if (y.in_place()) {
       scan.direct = y.row_in_place(first);
       scan.direct_stride = y.stride_in_place();
     }
-    if (first + n < end) {
-      next.add(k, first + n);
-      next.add(q, first + n);
-      next.add(v, first + n);
-      next.add(y, first + n);
-      next.pace(tile_count(state));
-      scan.prefetch = &next;
-    }
+    if (first + n < end) next.add(first + n, k, q, v, y);
+    scan.prefetch = &next;
     if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::rows_before>(scan);
     } else if (keys == Keys::tied) {
@@ -177,14 +171,9 @@ class CausalBackward {
       ScanOperands<T> rows = scan_operands<T>(n, s_.ew, s_.g, nullptr, r_state_);
       rows.swap = rows.reverse = true;
       rows.alpha = s_.alpha;
-      PrefetchList next;
-      if (first > begin_) {
-        next.add(k_, first - kChunk);
-        next.add(q_, first - kChunk);
-        next.add(dy_, first - kChunk);
-        next.pace(tile_count(r_state_));
-        rows.prefetch = &next;
-      }
+      PrefetchList next(tile_count(r_state_));
+      if (first > begin_) next.add(first - kChunk, k_, q_, dy_);
+      rows.prefetch = &next;
       if (keys == Keys::rising) {
         scan_tiles<T, Part::update_only, Decay::rows_after>(rows);
         carry_queries<true>(first, n);
@@ -241,19 +230,14 @@ class CausalBackward {
     const Keys keys = prepare<T, Operands::gradient_forward>(n, width_, qs.data, qs.stride, ks.data,
                                                              ks.stride, norm_, prepared());
     pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, nullptr);
-    PrefetchList next;
+    PrefetchList next(tile_count(forward_state_));
     ScanOperands<T> scan = scan_operands<T>(n, s_.vg, s_.weights, s_.u, forward_state_);
     scan.alpha = s_.alpha;
     if (first + n < end_) {
-      next.add(k_, first + n);
-      next.add(q_, first + n);
-      next.add(v_, first + n);
-      next.add(dy_, first + n);
-      next.add(dk_, first);
-      next.add(dq_, first);
-      next.pace(tile_count(forward_state_));
-      scan.prefetch = &next;
+      next.add(first + n, k_, q_, v_, dy_);
+      next.add(first, dk_, dq_);
     }
+    scan.prefetch = &next;
     if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::columns_before>(scan);
     } else if (keys == Keys::tied) {
@@ -372,7 +356,7 @@ class CausalBackward {
     const int64_t n = tokens_in_chunk(first);
     const Keys keys = prepare_reverse(first, n);
     pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, s_.g);
-    PrefetchList next;
+    PrefetchList next(tile_count(r_state_) + tile_count(r_transposed_));
     // R += w (x) dy, dv = e . R
     ScanOperands<T> rows = scan_operands<T>(n, s_.ew, s_.g, s_.dv, r_state_);
     // R^T += dy (x) w, v . R
@@ -384,17 +368,8 @@ class CausalBackward {
       rows.direct = dv_.row_in_place(first);
       rows.direct_stride = dv_.stride_in_place();
     }
-    if (first > begin_) {
-      const int64_t before = first - kChunk;
-      next.add(k_, before);
-      next.add(q_, before);
-      next.add(v_, before);
-      next.add(dy_, before);
-      next.add(dk_, before);
-      next.add(dv_, before);
-      next.pace(tile_count(r_state_) + tile_count(r_transposed_));
-      rows.prefetch = columns.prefetch = &next;
-    }
+    if (first > begin_) next.add(first - kChunk, k_, q_, v_, dy_, dk_, dv_);
+    rows.prefetch = columns.prefetch = &next;
     if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::rows_after>(rows);
       scan_tiles<T, Part::both, Decay::columns_after>(columns);

@@ -157,10 +157,10 @@ inline void finish_state(const HeadState& state, int64_t latents, int64_t dim,
   }
 }
 
-// final = merge(initial, final), the merge of the state algebra.
+// final = merge(initial, other), the merge of the state algebra. `final` may be either of them.
 template <class T>
 inline void merge_states(const HeadTask& task) {
-  const HeadState &a = task.initial, &b = task.final;
+  const HeadState &a = task.initial, &b = task.other, &out = task.final;
   for (int64_t l = 0; l < task.latents; ++l) {
     const T a_max = read<T>(a.max, l * a.max_stride), b_max = read<T>(b.max, l * b.max_stride);
     const T a_norm = read<T>(a.norm, l * a.norm_stride),
@@ -169,12 +169,13 @@ inline void merge_states(const HeadTask& task) {
     const T a_mass = a_norm == 0 ? T(0) : a_norm * exp_scalar(a_max - top);
     const T b_mass = b_norm == 0 ? T(0) : b_norm * exp_scalar(b_max - top);
     const T norm = a_mass + b_mass, share = norm == 0 ? T(0) : b_mass / norm;
-    static_cast<T*>(b.max)[l * b.max_stride] = top;
-    static_cast<T*>(b.norm)[l * b.norm_stride] = norm;
+    static_cast<T*>(out.max)[l * out.max_stride] = top;
+    static_cast<T*>(out.norm)[l * out.norm_stride] = norm;
     for (int64_t d = 0; d < task.dim; ++d) {
-      const T mean = read<T>(a.mean, l * a.mean_stride_l + d * a.mean_stride_d);
-      T& out = static_cast<T*>(b.mean)[l * b.mean_stride_l + d * b.mean_stride_d];
-      out = a_norm == 0 ? out : mean + share * (out - mean);
+      const T first = read<T>(a.mean, l * a.mean_stride_l + d * a.mean_stride_d);
+      const T second = read<T>(b.mean, l * b.mean_stride_l + d * b.mean_stride_d);
+      static_cast<T*>(out.mean)[l * out.mean_stride_l + d * out.mean_stride_d] =
+          a_norm == 0 ? second : first + share * (second - first);
     }
   }
 }

@@ -26,7 +26,7 @@ struct HeadState {
 };
 
 // One stage of one head. A short sequence is one stage; a long one is cut among threads, and its
-// stages meet in states and carries (latent_attention.cpp).
+// stages meet in states and carries (sequence_parallel.h).
 struct HeadTask {
   int64_t tokens = 0, latents = 0, dim = 0;
   int64_t group = 1;           // query heads that share this key/value head
@@ -37,6 +37,7 @@ struct HeadTask {
   const bool* key_mask = nullptr;
   int64_t key_mask_stride = 0;
   HeadState initial, final;  // of a step: initial is updated in place
+  HeadState other;           // what a merge adds to initial
   HeadState d_final, d_initial;
   // What backward carries over a cut: causal (frame, c, R), bidirectional H in `mean`.
   HeadState carry_in, carry_out;
@@ -55,7 +56,7 @@ enum class Kernel : int32_t {
   bidirectional_gather,     // dq and the stage's share of H
   bidirectional_spread,     // dk, dv from H of all queries
   bidirectional_backward,   // summary, gather and spread of a whole sequence
-  merge_states,             // final = merge(initial, final)
+  merge_states,             // final = merge(initial, other)
   merge_carries,            // carry_out += carry_in, in carry_out's frame
   step,
 };

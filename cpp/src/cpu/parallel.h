@@ -12,6 +12,8 @@
 namespace latte::cpu {
 
 #if defined(LATTE_OPENMP)
+inline constexpr bool kThreaded = true;
+
 // A child of fork() has none of the parent's team, and libgomp waits for it for ever: run serially.
 inline bool& in_forked_child() {
   static bool forked = false;
@@ -21,6 +23,8 @@ inline void watch_forks() {
   static const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child() = true; });
   (void)registered;
 }
+#else
+inline constexpr bool kThreaded = false;
 #endif
 
 // Calls f(i, thread) for i in [0, n), thread in [0, threads). The caller gives the thread count;

@@ -76,8 +76,9 @@ inline T softmax_row(int64_t width, const T* q, T* p) {
 
 // The same for a chunk of rows. They share the maximum of the first one, never of a later one, so
 // that the future cannot change a bit of the past; that takes the reductions and divisions out of
-// the rows. A row whose sum then is small, large or NaN is done again alone, so that q - top stays
-// below 8.4 where it matters and rounds as well as before.
+// the rows (58 -> 51 cycles per token at L = 64, 100 -> 84 with AVX2). A row whose sum then is
+// small, large or NaN is done again alone, so that the two maxima differ by log(64 L) at most and
+// the error of q - top stays below 5e-7.
 template <class T>
 inline void softmax_rows(int64_t n, int64_t width, const T* q, int64_t q_stride, T* p,
                          int64_t p_stride, T* inverse_sums) {
@@ -125,7 +126,7 @@ inline constexpr int64_t kTieLags[] = {24, 40, 42, 48, 56, 60};
 // Moves the reference of an empty latent to its first key for free, notes the maximum, and looks
 // for a key above the margin and for ties. Equal additions all round the same way: tied keys made
 // the state drift by 4e-4 of its size in 65,536 tokens, where differing keys leave 7e-6. Two equal
-// lags count as tied, which random keys of 8 bits are in 1 chunk of 5,000 per latent.
+// lags count as tied, which random keys of 8 bits are in 1 chunk of 4,400 per latent.
 template <class T>
 inline Keys classify_keys(int64_t n, int64_t width, const T* k, int64_t k_stride,
                           const Normaliser<T>& norm) {

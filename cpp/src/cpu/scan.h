@@ -105,15 +105,14 @@ class PrefetchList {
  public:
   static constexpr int64_t kMax = 96;
 
-  template <class T>
-  void add(const RowView<T>& rows, int64_t first) {
-    if (!rows.one_piece()) return;
-    for (int64_t byte = 0; byte < rows.row_bytes() && count_ < kMax; byte += 64) {
-      lines_[count_] = rows.row_address(first) + byte;
-      strides_[count_++] = rows.stride_bytes();
-    }
+  // Spread over so many tiles.
+  explicit PrefetchList(int64_t tiles) : tiles_(tiles) {}
+
+  // The rows of a chunk that begins at `first`.
+  template <class... Views>
+  void add(int64_t first, const Views&... rows) {
+    (add_rows(first, rows), ...);
   }
-  void pace(int64_t tiles) { tiles_ = tiles; }
 
   struct Pair {
     const char* line[2];
@@ -136,9 +135,18 @@ class PrefetchList {
   }
 
  private:
+  template <class T>
+  void add_rows(int64_t first, const RowView<T>& rows) {
+    if (!rows.one_piece()) return;
+    for (int64_t byte = 0; byte < rows.row_bytes() && count_ < kMax; byte += 64) {
+      lines_[count_] = rows.row_address(first) + byte;
+      strides_[count_++] = rows.stride_bytes();
+    }
+  }
+
   const char* lines_[kMax];
   int64_t strides_[kMax];
-  int64_t count_ = 0, taken_ = 0, credit_ = 0, tiles_ = 1;
+  int64_t count_ = 0, taken_ = 0, credit_ = 0, tiles_;
 };
 
 template <class T>

@@ -81,7 +81,7 @@ inline void summarise_keys(HeadTask task, const HeadState& into, const StageRunn
 inline void merge_into(HeadTask task, const HeadState& from, const HeadState& into,
                        const StageRunner& run) {
   task.initial = from;
-  task.final = into;
+  task.other = task.final = into;
   run(Kernel::merge_states, task);
 }
 inline void merge_carry_into(HeadTask task, const HeadState& from, const HeadState& into,
