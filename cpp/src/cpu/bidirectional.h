@@ -15,8 +15,9 @@ namespace latte::LATTE_ISA {
 template <class T>
 struct BidirectionalScratch {
   T *q, *k, *p, *dq, *dk;  // rows of L
-  T *ew, *alpha, *u;       // paired and blocked over L
-  T *v, *y, *vg;           // blocked and paired over D
+  T *alpha, *u;            // blocked over L
+  T* v;                    // rows of D, of dy as well
+  T* y;                    // blocked over D
   T *r, *z, *top, *h0 = nullptr;
   T *mean, *mean_transposed = nullptr, *h = nullptr, *h_transposed = nullptr;
 
@@ -24,15 +25,14 @@ struct BidirectionalScratch {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
     const int64_t square = Tiles<T>::size(task.latents, task.dim);
     for (T** p_row : {&q, &k, &p}) *p_row = arena.take<T>(row);
-    ew = arena.take<T>(paired_size<T>(width, kChunk));
-    alpha = arena.take<T>(blocked_size<T>(width, kChunk));
-    for (T** block : {&v, &y}) *block = arena.take<T>(blocked_size<T>(task.dim, kChunk));
+    alpha = arena.take<T>(blocked_size<T>(width));
+    v = arena.take<T>(kChunk * padded_stride<T>(round_up<T>(task.dim)));
+    y = arena.take<T>(blocked_size<T>(task.dim));
     for (T** per_latent : {&r, &z, &top}) *per_latent = arena.take<T>(width);
     mean = arena.take<T>(square);
     if (!backward) return;
     for (T** p_row : {&dq, &dk}) *p_row = arena.take<T>(row);
-    u = arena.take<T>(blocked_size<T>(width, kChunk));
-    vg = arena.take<T>(paired_size<T>(task.dim, kChunk));
+    u = arena.take<T>(blocked_size<T>(width));
     h0 = arena.take<T>(width);
     h = arena.take<T>(square);
     const int64_t transposed = Tiles<T>::size(task.dim, task.latents);
@@ -146,11 +146,9 @@ class Bidirectional {
     for (int64_t first = task_.begin * task_.group; first < end; first += kChunk) {
       const int64_t n = tokens_in_chunk(first, end);
       latent_probabilities(first, n);
-      ScanOperands<T> scan = scan_operands<T>(n, s_.ew, nullptr, s_.y, mean_);
-      if (y.in_place()) {
-        scan.direct = y.row_in_place(first);
-        scan.direct_stride = y.stride_in_place();
-      }
+      ScanOperands<T> scan = scan_operands(n, mean_, s_.y);
+      scan.g = row_blocks_of<const T>(s_.p, stride_);
+      write_in_place(scan, y, first);
       PrefetchList next(tile_count(mean_));
       if (first + n < end) next.add(first + n, q_, y);
       scan.prefetch = &next;
@@ -166,12 +164,14 @@ class Bidirectional {
       const int64_t n = tokens_in_chunk(first, task_.end);
       const RowsInUse<T> ks(k_, first, n, s_.k, stride_);
       Prepared<T> prepared;
-      prepared.ew = s_.ew;
+      prepared.e = s_.p;
+      prepared.row_stride = stride_;
       prepared.alpha = s_.alpha;
       const Keys keys = prepare<T, Operands::keys_only>(n, width_, nullptr, 0, ks.data, ks.stride,
                                                         norm_, prepared);
-      pack_blocks(v_, first, n, s_.v);
-      ScanOperands<T> scan = scan_operands<T>(n, s_.ew, s_.v, nullptr, mean_);
+      ScanOperands<T> scan = scan_operands<T>(n, mean_, nullptr);
+      scan.x = row_blocks_of<const T>(s_.p, stride_);
+      scan.y = column_operand(v_, first, n, s_.v, value_stride_);
       scan.alpha = s_.alpha;
       PrefetchList next(tile_count(mean_));
       if (first + n < task_.end) next.add(first + n, k_, v_);
@@ -188,17 +188,14 @@ class Bidirectional {
     }
   }
 
-  // p(l|t) of a chunk into rows p and both halves of the pair.
+  // p(l|t) of a chunk into rows p.
   void latent_probabilities(int64_t first, int64_t n) {
     const RowsInUse<T> qs(q_, first, n, s_.q, stride_);
     alignas(64) T inverse_sums[kChunk];
     softmax_rows(n, width_, qs.data, qs.stride, s_.p, stride_, inverse_sums);
     for (int64_t t = 0; t < n; ++t)
-      for (int64_t l = 0; l < width_; l += kLanes<T>) {
-        const Vec<T> p = load(s_.p + t * stride_ + l) * inverse_sums[t];
-        store(s_.p + t * stride_ + l, p);
-        store_pair(s_.ew, kChunk, t, l, p, p);
-      }
+      for (int64_t l = 0; l < width_; l += kLanes<T>)
+        store(s_.p + t * stride_ + l, load(s_.p + t * stride_ + l) * inverse_sums[t]);
   }
 
   // H += p (x) dy and dq over all queries.
@@ -210,9 +207,12 @@ class Bidirectional {
     for (int64_t first = task_.begin * task_.group; first < end; first += kChunk) {
       const int64_t n = tokens_in_chunk(first, end);
       latent_probabilities(first, n);
-      pair_twice(dy, first, n, s_.v);
-      ScanOperands<T> update = scan_operands<T>(n, s_.ew, s_.v, nullptr, h_);
-      ScanOperands<T> output = scan_operands<T>(n, s_.vg, nullptr, s_.u, mean_transposed_);
+      const RowsInUse<T> dys(dy, first, n, s_.v, value_stride_, cpu::kMaxRowStride);
+      ScanOperands<T> update = scan_operands<T>(n, h_, nullptr);
+      update.x = row_blocks_of<const T>(s_.p, stride_);
+      update.y = column_blocks_of(dys.data, dys.stride);
+      ScanOperands<T> output = scan_operands(n, mean_transposed_, s_.u);
+      output.g = row_blocks_of(dys.data, dys.stride);
       PrefetchList next(tile_count(h_) + tile_count(mean_transposed_));
       if (first + n < end) {
         next.add(first + n, q_, dy);
@@ -226,10 +226,10 @@ class Bidirectional {
         const T* p = s_.p + t * stride_;
         Vec<T> sum = {};
         for (int64_t l = 0; l < width_; l += kLanes<T>)
-          sum += load(p + l) * load(blocked(s_.u, kChunk, t, l));
+          sum += load(p + l) * load(blocked(s_.u, t, l));
         const Vec<T> mean = splat(reduce_add<T>(sum));
         for (int64_t l = 0; l < width_; l += kLanes<T>) {
-          const Vec<T> u = load(blocked(s_.u, kChunk, t, l));
+          const Vec<T> u = load(blocked(s_.u, t, l));
           store(result.data + t * result.stride + l, load(p + l) * (u - mean) * scale);
         }
       }
@@ -251,16 +251,13 @@ class Bidirectional {
         for (int64_t t = 0; t < n; ++t) {
           const Vec<T> w = exp(load(ks.data + t * ks.stride + l) - r) * inverse;
           store(s_.p + t * stride_ + l, w);
-          store_pair(s_.ew, kChunk, t, l, w, w);
         }
       }
-      pair_twice(v_, first, n, nullptr);
-      ScanOperands<T> values = scan_operands<T>(n, s_.ew, nullptr, s_.y, h_);
-      ScanOperands<T> keys = scan_operands<T>(n, s_.vg, nullptr, s_.u, h_transposed_);
-      if (dv.in_place()) {
-        values.direct = dv.row_in_place(first);
-        values.direct_stride = dv.stride_in_place();
-      }
+      ScanOperands<T> values = scan_operands(n, h_, s_.y);
+      values.g = row_blocks_of<const T>(s_.p, stride_);
+      write_in_place(values, dv, first);
+      ScanOperands<T> keys = scan_operands(n, h_transposed_, s_.u);
+      keys.g = row_operand(v_, first, n, s_.v, value_stride_);
       PrefetchList next(tile_count(h_) + tile_count(h_transposed_));
       if (first + n < task_.end) {
         next.add(first + n, k_, v_, dv);
@@ -272,7 +269,7 @@ class Bidirectional {
       const RowsResult<T> result(dk, first, s_.dk, stride_);
       for (int64_t t = 0; t < n; ++t)
         for (int64_t l = 0; l < width_; l += kLanes<T>) {
-          const Vec<T> vh = load(blocked(s_.u, kChunk, t, l)) + load(s_.h0 + l);
+          const Vec<T> vh = load(blocked(s_.u, t, l)) + load(s_.h0 + l);
           store(result.data + t * result.stride + l, load(s_.p + t * stride_ + l) * vh * scale);
         }
       result.flush(n);
@@ -280,19 +277,12 @@ class Bidirectional {
     }
   }
 
-  // Rows of D as both halves of a pair, and blocked unless `blocks` is null.
-  void pair_twice(const Source<T>& source, int64_t first, int64_t n, T* blocks) {
-    source.for_each_vector(first, n, [&](int64_t i, int64_t c, Vec<T> x) {
-      store_pair(s_.vg, kChunk, i, c, x, x);
-      if (blocks) store(blocked(blocks, kChunk, i, c), x);
-    });
-  }
-
   const HeadTask& task_;
   const BidirectionalScratch<T> s_;
   const Source<T> q_ = logits_q<T>(task_), k_ = logits_k<T>(task_, 1);
   const Source<T> v_ = values<T>(task_, 1);
   const int64_t width_ = round_up<T>(task_.latents), stride_ = padded_stride<T>(width_);
+  const int64_t value_stride_ = padded_stride<T>(round_up<T>(task_.dim));
   const Normaliser<T> norm_{s_.r, s_.z, s_.top};
   const Tiles<T> mean_{s_.mean, task_.latents, task_.dim};
   const Tiles<T> mean_transposed_{s_.mean_transposed, task_.dim, task_.latents};

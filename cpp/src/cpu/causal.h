@@ -24,10 +24,10 @@ struct CausalForwardScratch {
     q = arena.take<T>(row);
     k = arena.take<T>(row);
     p = arena.take<T>(row);
-    ew = arena.take<T>(paired_size<T>(width, kChunk));
-    alpha = arena.take<T>(blocked_size<T>(width, kChunk));
-    v = arena.take<T>(blocked_size<T>(task.dim, kChunk));
-    y = arena.take<T>(blocked_size<T>(task.dim, kChunk));
+    ew = arena.take<T>(paired_size<T>(width));
+    alpha = arena.take<T>(blocked_size<T>(width));
+    v = arena.take<T>(kChunk * padded_stride<T>(round_up<T>(task.dim)));
+    y = arena.take<T>(blocked_size<T>(task.dim));
     r = arena.take<T>(width);
     z = arena.take<T>(width);
     top = arena.take<T>(width);
@@ -41,6 +41,7 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
   const CausalForwardScratch<T> s(arena, task);
   const int64_t begin = task.begin * task.group, end = task.end * task.group;
   const int64_t width = round_up<T>(task.latents), stride = padded_stride<T>(width);
+  const int64_t v_stride = padded_stride<T>(round_up<T>(task.dim));
   const Source<T> q = logits_q<T>(task), k = logits_k<T>(task, task.group);
   const Source<T> v = values<T>(task, task.group);
   const Sink<T> y(task.y, PerRow::every, task.dim, task.group);
@@ -58,14 +59,13 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
     const RowsInUse<T> qs(q, first, n, s.q, stride), ks(k, first, n, s.k, stride);
     const Keys keys = prepare<T, Operands::forward>(n, width, qs.data, qs.stride, ks.data,
                                                     ks.stride, norm, prepared);
-    pack_blocks(v, first, n, s.v);
     PrefetchList next(tile_count(state));
-    ScanOperands<T> scan = scan_operands<T>(n, s.ew, s.v, s.y, state);
+    ScanOperands<T> scan = scan_operands(n, state, s.y);
+    scan.x = first_of_pair(s.ew);
+    scan.g = second_of_pair(s.ew);
+    scan.y = column_operand(v, first, n, s.v, v_stride);
     scan.alpha = s.alpha;
-    if (y.in_place()) {
-      scan.direct = y.row_in_place(first);
-      scan.direct_stride = y.stride_in_place();
-    }
+    write_in_place(scan, y, first);
     if (first + n < end) next.add(first + n, k, q, v, y);
     scan.prefetch = &next;
     if (keys == Keys::rising) {
@@ -102,17 +102,19 @@ template <class T>
 struct CausalBackwardScratch {
   T *q, *k, *p, *w, *inverse_z, *dq, *dk;  // rows of L
   T *ew, *alpha, *weights, *u;             // e|w paired; blocked over L
-  T *vg, *g, *dv;                          // v|dy paired; blocked over D
+  T *v, *dy;                               // rows of D
+  T* dv;                                   // blocked over D
   T *r, *z, *top, *c, *frame;
   T *forward_state, *r_state, *r_transposed;
 
   CausalBackwardScratch(Arena& arena, const HeadTask& task) {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
     for (T** p_row : {&q, &k, &p, &w, &inverse_z, &dq, &dk}) *p_row = arena.take<T>(row);
-    ew = arena.take<T>(paired_size<T>(width, kChunk));
-    for (T** block : {&alpha, &weights, &u}) *block = arena.take<T>(blocked_size<T>(width, kChunk));
-    vg = arena.take<T>(paired_size<T>(task.dim, kChunk));
-    for (T** block : {&g, &dv}) *block = arena.take<T>(blocked_size<T>(task.dim, kChunk));
+    ew = arena.take<T>(paired_size<T>(width));
+    for (T** block : {&alpha, &weights, &u}) *block = arena.take<T>(blocked_size<T>(width));
+    const int64_t value = kChunk * padded_stride<T>(round_up<T>(task.dim));
+    for (T** value_row : {&v, &dy}) *value_row = arena.take<T>(value);
+    dv = arena.take<T>(blocked_size<T>(task.dim));
     for (T** per_latent : {&r, &z, &top, &c, &frame}) *per_latent = arena.take<T>(width);
     const int64_t transposed = Tiles<T>::size(task.dim, task.latents);
     forward_state = arena.take<T>(transposed);
@@ -120,23 +122,6 @@ struct CausalBackwardScratch {
     r_state = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
   }
 };
-
-// [v | dy] paired, and dy blocked unless `g` is null.
-template <class T>
-LATTE_INLINE void pack_values_and_gradients(const Source<T>& v, const Source<T>& dy, int64_t first,
-                                            int64_t n, T* vg, T* g) {
-  constexpr int64_t lanes = kLanes<T>;
-  // v goes first to the low halves' place, whole; the second walk pairs it with dy.
-  T* const block = vg;
-  const int64_t block_stride = row_block_stride<T>(kChunk);
-  v.for_each_vector(first, n, [&](int64_t i, int64_t c, Vec<T> x) {
-    store(block + c / kRows<T> * block_stride + i * lanes, x);
-  });
-  dy.for_each_vector(first, n, [&](int64_t i, int64_t c, Vec<T> x) {
-    store_pair(vg, kChunk, i, c, load(block + c / kRows<T> * block_stride + i * lanes), x);
-    if (g) store(blocked(g, kChunk, i, c), x);
-  });
-}
 
 template <class T>
 class CausalBackward {
@@ -167,9 +152,10 @@ class CausalBackward {
     for (int64_t first = last_chunk(); first >= begin_; first -= kChunk) {
       const int64_t n = tokens_in_chunk(first);
       const Keys keys = prepare_reverse(first, n);
-      pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, s_.g);
-      ScanOperands<T> rows = scan_operands<T>(n, s_.ew, s_.g, nullptr, r_state_);
-      rows.swap = rows.reverse = true;
+      ScanOperands<T> rows = scan_operands<T>(n, r_state_, nullptr);
+      rows.reverse = true;
+      rows.x = second_of_pair(s_.ew);
+      rows.y = column_operand(dy_, first, n, s_.dy, value_stride_);
       rows.alpha = s_.alpha;
       PrefetchList next(tile_count(r_state_));
       if (first > begin_) next.add(first - kChunk, k_, q_, dy_);
@@ -229,9 +215,11 @@ class CausalBackward {
     const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
     const Keys keys = prepare<T, Operands::gradient_forward>(n, width_, qs.data, qs.stride, ks.data,
                                                              ks.stride, norm_, prepared());
-    pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, nullptr);
     PrefetchList next(tile_count(forward_state_));
-    ScanOperands<T> scan = scan_operands<T>(n, s_.vg, s_.weights, s_.u, forward_state_);
+    ScanOperands<T> scan = scan_operands(n, forward_state_, s_.u);
+    scan.x = row_operand(v_, first, n, s_.v, value_stride_);
+    scan.g = row_operand(dy_, first, n, s_.dy, value_stride_);
+    scan.y = columns<const T>(s_.weights);
     scan.alpha = s_.alpha;
     if (first + n < end_) {
       next.add(first + n, k_, q_, v_, dy_);
@@ -258,10 +246,10 @@ class CausalBackward {
       T *dq_row = dq.data + t * dq.stride, *wu_row = wu_ + (first + t) * wu_stride_;
       Vec<T> sum = {};
       for (int64_t l = 0; l < width_; l += kLanes<T>)
-        sum += load(w + l) * load(blocked(s_.u, kChunk, t, l));
+        sum += load(w + l) * load(blocked(s_.u, t, l));
       const Vec<T> mean = splat(reduce_add<T>(sum));
       for (int64_t l = 0; l < width_; l += kLanes<T>) {
-        const Vec<T> u = load(blocked(s_.u, kChunk, t, l)) * load(iz + l);
+        const Vec<T> u = load(blocked(s_.u, t, l)) * load(iz + l);
         store(dq_row + l, load(p + l) * (u - mean) * scale);
         store(wu_row + l, load(w + l) * u);
       }
@@ -355,28 +343,30 @@ class CausalBackward {
   void reverse_chunk(int64_t first) {
     const int64_t n = tokens_in_chunk(first);
     const Keys keys = prepare_reverse(first, n);
-    pack_values_and_gradients<T>(v_, dy_, first, n, s_.vg, s_.g);
+    const RowsInUse<T> dys(dy_, first, n, s_.dy, value_stride_, cpu::kMaxRowStride);
     PrefetchList next(tile_count(r_state_) + tile_count(r_transposed_));
     // R += w (x) dy, dv = e . R
-    ScanOperands<T> rows = scan_operands<T>(n, s_.ew, s_.g, s_.dv, r_state_);
+    ScanOperands<T> scan = scan_operands(n, r_state_, s_.dv);
+    scan.x = second_of_pair(s_.ew);
+    scan.g = first_of_pair(s_.ew);
+    scan.y = column_blocks_of(dys.data, dys.stride);
+    write_in_place(scan, dv_, first);
     // R^T += dy (x) w, v . R
-    ScanOperands<T> columns = scan_operands<T>(n, s_.vg, s_.weights, s_.u, r_transposed_);
-    rows.swap = columns.swap = true;
-    rows.reverse = columns.reverse = true;
-    rows.alpha = columns.alpha = s_.alpha;
-    if (dv_.in_place()) {
-      rows.direct = dv_.row_in_place(first);
-      rows.direct_stride = dv_.stride_in_place();
-    }
+    ScanOperands<T> transposed = scan_operands(n, r_transposed_, s_.u);
+    transposed.x = row_blocks_of(dys.data, dys.stride);
+    transposed.g = row_operand(v_, first, n, s_.v, value_stride_);
+    transposed.y = columns<const T>(s_.weights);
+    scan.reverse = transposed.reverse = true;
+    scan.alpha = transposed.alpha = s_.alpha;
     if (first > begin_) next.add(first - kChunk, k_, q_, v_, dy_, dk_, dv_);
-    rows.prefetch = columns.prefetch = &next;
+    scan.prefetch = transposed.prefetch = &next;
     if (keys == Keys::rising) {
-      scan_tiles<T, Part::both, Decay::rows_after>(rows);
-      scan_tiles<T, Part::both, Decay::columns_after>(columns);
+      scan_tiles<T, Part::both, Decay::rows_after>(scan);
+      scan_tiles<T, Part::both, Decay::columns_after>(transposed);
       key_gradient<true>(first, n);
     } else {
-      scan_tiles<T, Part::both, Decay::none>(rows);
-      scan_tiles<T, Part::both, Decay::none>(columns);
+      scan_tiles<T, Part::both, Decay::none>(scan);
+      scan_tiles<T, Part::both, Decay::none>(transposed);
       key_gradient<false>(first, n);
     }
     flush_blocks(dv_, first, n, s_.dv);
@@ -389,7 +379,7 @@ class CausalBackward {
       Vec<T> c = load(s_.c + l);
       for (int64_t t = n - 1; t >= 0; --t) {
         c -= load(wu_ + (first + t) * wu_stride_ + l);
-        if constexpr (kRise) c *= load(blocked(s_.alpha, kChunk, t, l));
+        if constexpr (kRise) c *= load(blocked(s_.alpha, t, l));
       }
       store(s_.c + l, c);
     }
@@ -404,9 +394,9 @@ class CausalBackward {
       Vec<T> c = load(s_.c + l);
       for (int64_t t = n - 1; t >= 0; --t) {
         c -= load(wu_ + (first + t) * wu_stride_ + l);
-        const Vec<T> vr = load(blocked(s_.u, kChunk, t, l));
-        store(dk.data + t * dk.stride + l, load_x(s_.ew, kChunk, t, l) * (vr + c) * scale);
-        if constexpr (kRise) c *= load(blocked(s_.alpha, kChunk, t, l));
+        const Vec<T> vr = load(blocked(s_.u, t, l));
+        store(dk.data + t * dk.stride + l, load_x(s_.ew, t, l) * (vr + c) * scale);
+        if constexpr (kRise) c *= load(blocked(s_.alpha, t, l));
       }
       store(s_.c + l, c);
     }
@@ -442,6 +432,7 @@ class CausalBackward {
   const int64_t begin_ = task_.begin * task_.group, end_ = task_.end * task_.group;
   const int64_t width_ = round_up<T>(task_.latents);
   const int64_t stride_ = padded_stride<T>(width_);
+  const int64_t value_stride_ = padded_stride<T>(round_up<T>(task_.dim));
   const Normaliser<T> norm_{s_.r, s_.z, s_.top};
   const Tiles<T> forward_state_{s_.forward_state, task_.dim, task_.latents};
   const Tiles<T> r_state_{s_.r_state, task_.latents, task_.dim};

@@ -32,15 +32,17 @@ LATTE_INLINE Source<T> output_gradient(const HeadTask& task) {
   return {task.dy, PerRow::every, task.dim, task.group, T(0)};
 }
 
-// n rows in place if the scan can read them there, else copied to `scratch`.
+// n rows in place if they can be read there and lie no more than `max_stride` bytes apart, else
+// copied to `scratch`.
 template <class T>
 struct RowsInUse {
   const T* data;
   int64_t stride;
 
-  RowsInUse(const Source<T>& source, int64_t first, int64_t n, T* scratch, int64_t scratch_stride)
+  RowsInUse(const Source<T>& source, int64_t first, int64_t n, T* scratch, int64_t scratch_stride,
+            int64_t max_stride = INT64_MAX)
       : data(scratch), stride(scratch_stride) {
-    if (source.in_place()) {
+    if (source.in_place() && source.stride_bytes() <= max_stride) {
       data = source.row_in_place(first);
       stride = source.stride_in_place();
     } else {
@@ -76,26 +78,38 @@ class RowsResult {
 template <class T>
 LATTE_INLINE void flush_blocks(const Sink<T>& sink, int64_t first, int64_t n, const T* blocks) {
   if (sink.in_place()) return;
-  sink.write(first, n, [&](int64_t i, int64_t c) { return load(blocked(blocks, kChunk, i, c)); });
+  sink.write(first, n, [&](int64_t i, int64_t c) { return load(blocked(blocks, i, c)); });
 }
 
 template <class T>
-LATTE_INLINE void pack_blocks(const Source<T>& source, int64_t first, int64_t n, T* blocks) {
-  source.for_each_vector(
-      first, n, [&](int64_t i, int64_t c, Vec<T> x) { store(blocked(blocks, kChunk, i, c), x); });
-}
-
-template <class T>
-LATTE_INLINE ScanOperands<T> scan_operands(int64_t n, const T* xg, const T* y, T* o,
-                                           const Tiles<T>& state) {
+LATTE_INLINE ScanOperands<T> scan_operands(int64_t n, const Tiles<T>& state, T* o) {
   ScanOperands<T> scan;
   scan.tokens = n;
-  scan.chunk = kChunk;
-  scan.xg = xg;
-  scan.y = y;
-  scan.o = o;
   scan.state = state;
+  if (o) scan.o = columns(o);
   return scan;
+}
+
+// The scan's last sums go straight to a sink that is written in place.
+template <class T>
+LATTE_INLINE void write_in_place(ScanOperands<T>& scan, const Sink<T>& sink, int64_t first) {
+  if (sink.in_place())
+    scan.final_o = column_blocks_of(sink.row_in_place(first), sink.stride_in_place());
+}
+
+// n rows as the scan's X or G.
+template <class T>
+LATTE_INLINE Stream<const T> row_operand(const Source<T>& source, int64_t first, int64_t n,
+                                         T* scratch, int64_t scratch_stride) {
+  const RowsInUse<T> rows(source, first, n, scratch, scratch_stride, cpu::kMaxRowStride);
+  return row_blocks_of(rows.data, rows.stride);
+}
+// And as its Y.
+template <class T>
+LATTE_INLINE Stream<const T> column_operand(const Source<T>& source, int64_t first, int64_t n,
+                                            T* scratch, int64_t scratch_stride) {
+  const RowsInUse<T> rows(source, first, n, scratch, scratch_stride, cpu::kMaxColumnStride);
+  return column_blocks_of(rows.data, rows.stride);
 }
 
 template <class T>

@@ -11,6 +11,12 @@ namespace latte::cpu {
 // in a quarter of a 1 MiB second-level cache.
 inline constexpr int64_t kChunk = 64;
 
+// Rows of the caller's tensor that lie further apart (bytes) are copied before a scan reads them.
+// A column of 64 rows 512 bytes apart takes 8 ways of an L1 set, and X or G come once per column
+// block; as Y, read once per row block, 64 rows at a page each still stay in the second-level
+// cache.
+inline constexpr int64_t kMaxRowStride = 512, kMaxColumnStride = 4096;
+
 // Threads worth waking for work of `flops`. Waking a team costs about as much as one core computes
 // in 100 kflop.
 constexpr int useful_threads(double flops, int threads) {

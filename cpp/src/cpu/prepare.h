@@ -11,7 +11,6 @@
 // a list of raises cost 4 times for keys that rise at every token.
 #pragma once
 
-#include "cpu/heuristics.h"
 #include "cpu/scan.h"
 
 namespace latte::LATTE_ISA {
@@ -31,8 +30,6 @@ inline constexpr T kSmallSum = T(1) / 64;
 template <class T>
 inline constexpr T kLargeSum = 4096;
 
-using cpu::kChunk;
-
 // Running normaliser of one head: arrays of round_up(L).
 template <class T>
 struct Normaliser {
@@ -45,15 +42,15 @@ enum class Operands {
   forward,           // ew = [e | w]
   gradient_forward,  // blocked = e; rows p, w and 1/z
   gradient_reverse,  // ew = [e | w], blocked = w
-  keys_only,         // ew = [e | e]
+  keys_only,         // rows e
 };
 
 template <class T>
 struct Prepared {
   T* ew = nullptr;
   T* blocked = nullptr;
-  T *p = nullptr, *w = nullptr, *inverse_z = nullptr;
-  int64_t row_stride = 0;  // of p, w and inverse_z
+  T *p = nullptr, *w = nullptr, *inverse_z = nullptr, *e = nullptr;
+  int64_t row_stride = 0;  // of p, w, inverse_z and e
   T* alpha = nullptr;      // blocked
 };
 
@@ -94,8 +91,7 @@ inline void softmax_rows(int64_t n, int64_t width, const T* q, int64_t q_stride,
     T* out = p + t * p_stride;
     Vec<T> sum = {};
     for (int64_t l = 0; l < width; l += lanes) {
-      // exp() is for x <= 88, and exp(88) sends the row to its own maximum.
-      const Vec<T> e = exp(min(splat(T(88)), load(row + l) - top));
+      const Vec<T> e = exp_saturating(load(row + l) - top);
       sum += e;
       store(out + l, e);
     }
@@ -169,7 +165,7 @@ inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
         const Vec<T> key = load(row + u * lanes);
         if constexpr (kRise) {
           const Vec<T> raised = max(r[u], key);
-          store(blocked(out.alpha, kChunk, t, l + u * lanes), exp(r[u] - raised));
+          store(blocked(out.alpha, t, l + u * lanes), exp(r[u] - raised));
           r[u] = raised;
         }
         store(e + (t * U + u) * lanes, exp(key - r[u]));
@@ -193,10 +189,10 @@ inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
     for (int u = 0; u < U; ++u) {
       const int64_t c = l + u * lanes;
       const Vec<T> weight = load(e + (t * U + u) * lanes);
-      if constexpr (kRise) sum[u] *= load(blocked(out.alpha, kChunk, t, c));
+      if constexpr (kRise) sum[u] *= load(blocked(out.alpha, t, c));
       sum[u] += weight;
       if constexpr (kOperands == Operands::keys_only) {
-        store_pair(out.ew, kChunk, t, c, weight, weight);
+        store(out.e + t * out.row_stride + c, weight);
       } else {
         T* p_row = out.p + t * out.row_stride + c;
         const Vec<T> p = load(p_row) * inverse_sums[t];
@@ -206,11 +202,11 @@ inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
           store(p_row, p);
           store(out.w + t * out.row_stride + c, w);
           store(out.inverse_z + t * out.row_stride + c, inverse);
-          store(blocked(out.blocked, kChunk, t, c), weight);
+          store(blocked(out.blocked, t, c), weight);
         } else {
-          store_pair(out.ew, kChunk, t, c, weight, w);
+          store_pair(out.ew, t, c, weight, w);
           if constexpr (kOperands == Operands::gradient_reverse)
-            store(blocked(out.blocked, kChunk, t, c), w);
+            store(blocked(out.blocked, t, c), w);
         }
       }
     }

@@ -8,17 +8,21 @@
 // costs exactly 4 A B operations; the chunked matrix form costs 4 A B + C (A + B) and measured
 // 1.2 to 1.45 times slower with a microkernel of the same quality.
 //
-// Every operand is a contiguous stream ("packed rows"):
-//   XG  [row block][token][X (R) | G (R)]   one vector per token and block of R = lanes/2 rows
-//   Y,O [column block][token][2 vectors]
-//   S   [column block][row block][R][2 vectors]
-// Packed, the scan alone reaches 98-100 % of the FMA peak; with strided operands (64 rows of a
-// power-of-two stride share a few L1 sets) 82-85 %.
+// Operands are streams of blocks (Stream). Packed, every one of them is contiguous:
+//   X and G  [row block][token][X (R) | G (R)]   one vector per token and block of R = lanes/2 rows
+//   Y, O     [column block][token][2 vectors]
+//   S        [column block][row block][R][2 vectors]
+// so that the scan reaches 98-100 % of the FMA peak; but rows of the caller's tensor are read where
+// they are if they do not share L1 sets (heuristics.h): packing values cost 18 of 350 cycles per
+// token at L = D = 64.
 #pragma once
 
+#include "cpu/heuristics.h"
 #include "cpu/rows.h"
 
 namespace latte::LATTE_ISA {
+
+using cpu::kChunk;
 
 template <class T>
 inline constexpr int64_t kRows = kLanes<T> / 2;
@@ -27,13 +31,10 @@ inline constexpr int64_t kColumns = kLanes<T> * 2;
 
 // Block strides: one line more than the block, so that one token's blocks do not share L1 sets.
 template <class T>
-LATTE_INLINE int64_t row_block_stride(int64_t chunk) {
-  return chunk * kLanes<T> + 64 / sizeof(T);
-}
+inline constexpr int64_t kRowBlock = kChunk * kLanes<T> + 64 / sizeof(T);
 template <class T>
-LATTE_INLINE int64_t column_block_stride(int64_t chunk) {
-  return chunk * kColumns<T> + 64 / sizeof(T);
-}
+inline constexpr int64_t kColumnBlock = kChunk * kColumns<T> + 64 / sizeof(T);
+
 template <class T>
 LATTE_INLINE int64_t row_blocks(int64_t a) {
   return (a + kRows<T> - 1) / kRows<T>;
@@ -45,30 +46,61 @@ LATTE_INLINE int64_t column_blocks(int64_t b) {
 
 // Row blocks that hold whole vectors of X and G: what the packing loops write.
 template <class T>
-LATTE_INLINE int64_t paired_size(int64_t a, int64_t chunk) {
-  return round_up<T>(a) / kRows<T> * row_block_stride<T>(chunk);
+LATTE_INLINE int64_t paired_size(int64_t a) {
+  return round_up<T>(a) / kRows<T> * kRowBlock<T>;
 }
 template <class T>
-LATTE_INLINE int64_t blocked_size(int64_t b, int64_t chunk) {
-  return column_blocks<T>(b) * column_block_stride<T>(chunk);
+LATTE_INLINE int64_t blocked_size(int64_t b) {
+  return column_blocks<T>(b) * kColumnBlock<T>;
 }
 
 // Element (t, c) of a blocked operand.
 template <class T>
-LATTE_INLINE T* blocked(T* p, int64_t chunk, int64_t t, int64_t c) {
-  return p + c / kColumns<T> * column_block_stride<T>(chunk) + t * kColumns<T> + c % kColumns<T>;
+LATTE_INLINE T* blocked(T* p, int64_t t, int64_t c) {
+  return p + c / kColumns<T> * kColumnBlock<T> + t * kColumns<T> + c % kColumns<T>;
 }
 // X and G at (t, c), c a multiple of the lanes, as two vectors of a paired operand.
 template <class T>
-LATTE_INLINE void store_pair(T* p, int64_t chunk, int64_t t, int64_t c, Vec<T> x, Vec<T> g) {
-  T* block = p + c / kRows<T> * row_block_stride<T>(chunk) + t * kLanes<T>;
+LATTE_INLINE void store_pair(T* p, int64_t t, int64_t c, Vec<T> x, Vec<T> g) {
+  T* block = p + c / kRows<T> * kRowBlock<T> + t * kLanes<T>;
   store(block, low_halves(x, g));
-  store(block + row_block_stride<T>(chunk), high_halves(x, g));
+  store(block + kRowBlock<T>, high_halves(x, g));
 }
 template <class T>
-LATTE_INLINE Vec<T> load_x(const T* p, int64_t chunk, int64_t t, int64_t c) {
-  const T* block = p + c / kRows<T> * row_block_stride<T>(chunk) + t * kLanes<T>;
-  return low_halves(load(block), load(block + row_block_stride<T>(chunk)));
+LATTE_INLINE Vec<T> load_x(const T* p, int64_t t, int64_t c) {
+  const T* block = p + c / kRows<T> * kRowBlock<T> + t * kLanes<T>;
+  return low_halves(load(block), load(block + kRowBlock<T>));
+}
+
+// Block i of token t begins at data + i * block + t * token.
+template <class T>
+struct Stream {
+  T* data = nullptr;
+  int64_t block = 0, token = 0;
+
+  LATTE_INLINE T* at(int64_t i, int64_t t) const { return data + i * block + t * token; }
+};
+// The first and the second half of a paired operand.
+template <class T>
+LATTE_INLINE Stream<const T> first_of_pair(const T* p) {
+  return {p, kRowBlock<T>, kLanes<T>};
+}
+template <class T>
+LATTE_INLINE Stream<const T> second_of_pair(const T* p) {
+  return {p + kRows<T>, kRowBlock<T>, kLanes<T>};
+}
+template <class T>
+LATTE_INLINE Stream<T> columns(T* blocks) {
+  return {blocks, kColumnBlock<T>, kColumns<T>};
+}
+// Whole rows, `stride` apart, as X or G and as Y or O.
+template <class T>
+LATTE_INLINE Stream<T> row_blocks_of(T* rows, int64_t stride) {
+  return {rows, kRows<T>, stride};
+}
+template <class T>
+LATTE_INLINE Stream<T> column_blocks_of(T* rows, int64_t stride) {
+  return {rows, kColumns<T>, stride};
 }
 
 // The state S of A rows and B columns, tile by tile.
@@ -152,17 +184,14 @@ class PrefetchList {
 template <class T>
 struct ScanOperands {
   int64_t tokens;
-  int64_t chunk;            // tokens that the packed blocks have room for
-  bool reverse = false;     // from the last token to the first
-  const T* xg = nullptr;    // paired
-  bool swap = false;        // the pair holds [G | X]
-  bool accumulate = false;  // O holds a first term
-  const T* y = nullptr;     // blocked
-  T* o = nullptr;           // blocked
-  T* direct = nullptr;      // if set, O's final rows go here: row stride direct_stride
-  int64_t direct_stride = 0;
-  const T* alpha = nullptr;  // blocked, of the decayed side
   Tiles<T> state;
+  bool reverse = false;  // from the last token to the first
+  Stream<const T> x, g;  // blocks of R rows
+  Stream<const T> y;     // blocks of columns
+  Stream<T> o;
+  Stream<T> final_o;         // if set, O's final sums go here
+  bool accumulate = false;   // O holds a first term
+  const T* alpha = nullptr;  // blocked, of the decayed side
   PrefetchList* prefetch = nullptr;
 };
 
@@ -171,7 +200,7 @@ struct TileStreams {
   int64_t tokens;
   const T *x, *g, *y, *alpha, *o_in;
   T *o_out, *state;
-  int64_t step_xg, step_y, step_o_out;
+  int64_t step_x, step_g, step_y, step_alpha, step_o_in, step_o_out;
   PrefetchList::Pair prefetch;
 };
 
@@ -236,13 +265,15 @@ inline void scan_tile(TileStreams<T> p) {
     if constexpr (kPart != Part::update_only) {
 #pragma GCC unroll 2
       for (int j = 0; j < kVectors; ++j) store(p.o_out + j * lanes, o[j]);
-      p.o_in += p.step_y;
+      p.o_in += p.step_o_in;
       p.o_out += p.step_o_out;
+      p.g += p.step_g;
     }
-    p.x += p.step_xg;
-    p.g += p.step_xg;
-    if constexpr (kPart != Part::output_only) p.y += p.step_y;
-    if constexpr (kDecay != Decay::none) p.alpha += p.step_y;
+    if constexpr (kPart != Part::output_only) {
+      p.x += p.step_x;
+      p.y += p.step_y;
+    }
+    if constexpr (kDecay != Decay::none) p.alpha += p.step_alpha;
   }
 
   if constexpr (kPart != Part::output_only) {
@@ -268,22 +299,21 @@ inline void scan_tiles(const ScanOperands<T>& operands) {
     for (int64_t rb = 0; rb < row_count; ++rb) {
       TileStreams<T> p;
       p.tokens = s.tokens;
-      const T* pair = s.xg + rb * row_block_stride<T>(s.chunk) + start * lanes;
-      p.x = pair + (s.swap ? kRows<T> : 0);
-      p.g = pair + (s.swap ? 0 : kRows<T>);
-      p.y = s.y ? blocked(s.y, s.chunk, start, cb * kColumns<T>) : nullptr;
+      p.x = s.x.at(rb, start);
+      p.g = s.g.at(rb, start);
+      p.y = s.y.at(cb, start);
+      p.o_in = p.o_out = s.o.at(cb, start);
       p.alpha = nullptr;
       if constexpr (kDecay != Decay::none)
-        p.alpha = blocked(s.alpha, s.chunk, start, by_row ? rb * kRows<T> : cb * kColumns<T>);
-      T* block = s.o ? blocked(s.o, s.chunk, start, cb * kColumns<T>) : nullptr;
-      p.o_in = block;
-      p.o_out = block;
-      p.step_xg = sign * lanes;
-      p.step_y = sign * kColumns<T>;
-      p.step_o_out = p.step_y;
-      if (s.direct && rb == row_count - 1) {
-        p.o_out = s.direct + start * s.direct_stride + cb * kColumns<T>;
-        p.step_o_out = sign * s.direct_stride;
+        p.alpha = blocked(s.alpha, start, by_row ? rb * kRows<T> : cb * kColumns<T>);
+      p.step_x = sign * s.x.token;
+      p.step_g = sign * s.g.token;
+      p.step_y = sign * s.y.token;
+      p.step_o_in = p.step_o_out = sign * s.o.token;
+      p.step_alpha = sign * kColumns<T>;
+      if (s.final_o.data && rb == row_count - 1) {
+        p.o_out = s.final_o.at(cb, start);
+        p.step_o_out = sign * s.final_o.token;
       }
       p.state = s.state.tile(rb, cb);
       p.prefetch = s.prefetch ? s.prefetch->next(p.state)
@@ -305,7 +335,7 @@ inline void scan_tiles(const ScanOperands<T>& operands) {
 template <class T>
 inline void scan_tied(const ScanOperands<T>& operands, const Tiles<T>& own) {
   ScanOperands<T> s = operands;
-  s.direct = nullptr;
+  s.final_o.data = nullptr;
   s.prefetch = nullptr;
   scan_tiles<T, Part::output_only, Decay::none>(s);
   own.clear();

@@ -233,29 +233,34 @@ LATTE_INLINE VecD low_halves(VecD a, VecD b) { return VecD{a[0], b[0]}; }
 LATTE_INLINE VecD high_halves(VecD a, VecD b) { return VecD{a[1], b[1]}; }
 #endif
 
-// exp(x) for x <= 88, below 2.5 ulp: 2^n p(f) with x log2(e) = n + f, |f| <= 1/2, and a degree-5
-// minimax polynomial whose constant term is exactly 1, so that exp(0) == 1 (a kept key must not
-// decay). exp(-inf) == 0 exactly; NaN passes. One polynomial for every instruction set.
-LATTE_INLINE VecF exp2_fraction(VecF f) {
-  VecF p = 1.326472724e-03f * f + 9.671512681e-03f;
-  p = p * f + 5.550733744e-02f;
-  p = p * f + 2.402224208e-01f;
-  p = p * f + 6.931469776e-01f;
-  return p * f + 1.0f;
-}
+// exp(x) for x <= 88, below 2.5 + |x| / 20 ulp, from x = n log(2) + r. n times the float
+// nearest to log(2) is exact in a fused multiply-add, and that float is right to 1.9e-9: no second
+// step is needed. exp(0) == 1 exactly (a kept key must not decay), exp(-inf) == 0; NaN passes.
+inline constexpr float kLog2E = 1.44269504088896341f, kLog2 = 0.693147180559945309f;
 #if LATTE_VECTOR_BYTES == 64
+// 2^(i / 32).
+alignas(64) inline constexpr float kExp2Table[32] = {
+    1.0f,        1.02189715f, 1.04427378f, 1.0671404f,  1.09050773f, 1.11438674f, 1.13878863f,
+    1.16372486f, 1.18920712f, 1.21524736f, 1.24185781f, 1.26905096f, 1.29683955f, 1.32523664f,
+    1.35425555f, 1.38390988f, 1.41421356f, 1.44518081f, 1.47682615f, 1.50916443f, 1.54221083f,
+    1.57598085f, 1.61049033f, 1.64575548f, 1.68179283f, 1.7186193f,  1.75625216f, 1.79470908f,
+    1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
+// n in steps of 1/32: its fraction is a lookup and |r| <= log(2) / 64 leaves a polynomial of two
+// terms (11 operations with the sum of a softmax; with steps of 1 and five terms, 14).
 LATTE_INLINE VecF exp(VecF x) {
   // exp(-200) is 0 after scalef, and the clamp keeps -inf out of the subtraction.
   const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
-  const __m512 log2e = _mm512_set1_ps(1.44269504088896341f);
-  // Adding 1.5 * 2^23 rounds to an integer, in one operation less than vrndscaleps.
-  const __m512 magic = _mm512_set1_ps(12582912.0f);
-  const __m512 n = _mm512_sub_ps(_mm512_fmadd_ps(bounded, log2e, magic), magic);
-  // An intrinsic, since the compiler would share the rounded product with the line above (1e-6 of
-  // error); the second step adds the low part of log2(e).
-  __m512 f = _mm512_fmsub_ps(bounded, log2e, n);
-  f = _mm512_fmadd_ps(bounded, _mm512_set1_ps(1.925963033500e-8f), f);
-  return (VecF)_mm512_scalef_ps((__m512)exp2_fraction((VecF)f), n);
+  // Adding 1.5 * 2^18 rounds to a multiple of 1/32 and leaves 32 n in the low bits.
+  const __m512 magic = _mm512_set1_ps(393216.0f);
+  const __m512 shifted = _mm512_fmadd_ps(bounded, _mm512_set1_ps(kLog2E), magic);
+  const __m512 n = _mm512_sub_ps(shifted, magic);
+  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLog2), bounded);
+  const __m512 root = _mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)shifted,
+                                             _mm512_load_ps(kExp2Table + 16));
+  const __m512 q =
+      _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(0.5f), r, _mm512_set1_ps(1.000014642f)), r);
+  // scalef takes the floor of n.
+  return (VecF)_mm512_scalef_ps(_mm512_fmadd_ps(root, q, root), n);
 }
 #else
 LATTE_INLINE VecF exp(VecF x) {
@@ -265,25 +270,27 @@ LATTE_INLINE VecF exp(VecF x) {
   // has there turned 0xFFFFFFFF into the lowest finite number.
   const VecF magic = splat(12583039.0f);
 #if LATTE_VECTOR_BYTES == 32
-  const __m256 log2e = _mm256_set1_ps(1.44269504088896341f);
-  const __m256 shifted = _mm256_fmadd_ps((__m256)x, log2e, (__m256)magic);
-  __m256 fraction = _mm256_fmsub_ps((__m256)x, log2e, _mm256_sub_ps(shifted, (__m256)magic));
-  fraction = _mm256_fmadd_ps((__m256)x, _mm256_set1_ps(1.925963033500e-8f), fraction);
-  const VecF z = (VecF)shifted, f = (VecF)fraction;
+  const __m256 shifted = _mm256_fmadd_ps((__m256)x, _mm256_set1_ps(kLog2E), (__m256)magic);
+  const VecF r = (VecF)_mm256_fnmadd_ps(_mm256_sub_ps(shifted, (__m256)magic),
+                                        _mm256_set1_ps(kLog2), (__m256)x);
+  const VecF z = (VecF)shifted;
 #elif defined(__aarch64__)
-  const float32x4_t log2e = vdupq_n_f32(1.44269504088896341f);
-  const float32x4_t shifted = vfmaq_f32((float32x4_t)magic, (float32x4_t)x, log2e);
-  float32x4_t fraction = vfmaq_f32(vsubq_f32((float32x4_t)magic, shifted), (float32x4_t)x, log2e);
-  fraction = vfmaq_f32(fraction, (float32x4_t)x, vdupq_n_f32(1.925963033500e-8f));
-  const VecF z = (VecF)shifted, f = (VecF)fraction;
+  const float32x4_t shifted = vfmaq_f32((float32x4_t)magic, (float32x4_t)x, vdupq_n_f32(kLog2E));
+  const VecF r =
+      (VecF)vfmsq_f32((float32x4_t)x, vsubq_f32(shifted, (float32x4_t)magic), vdupq_n_f32(kLog2));
+  const VecF z = (VecF)shifted;
 #else
-  // Without fused multiply-add the fraction comes from Cody and Waite's split of log(2), which
-  // needs the compiler to contract nothing: the baseline is built with -ffp-contract=off.
-  const VecF z = x * 1.44269504088896341f + magic;
+  // Without fused multiply-add r comes from Cody and Waite's split of log(2), which needs the
+  // compiler to contract nothing: the baseline is built with -ffp-contract=off.
+  const VecF z = x * kLog2E + magic;
   const VecF n = z - magic;
-  const VecF f = ((x - n * 0.693359375f) - n * -2.12194440e-4f) * 1.44269504088896341f;
+  const VecF r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
 #endif
-  const VecF y = exp2_fraction(f) * (VecF)((VecI)z << 23);
+  VecF p = 8.290314724e-03f * r + 4.189792931e-02f;
+  p = p * r + 1.666763619e-01f;
+  p = p * r + 4.999914953e-01f;
+  p = p * r + 9.999997072e-01f;
+  const VecF y = (p * r + 1.0f) * (VecF)((VecI)z << 23);
   return (VecF)((VecI)y & ~(VecI)(x < -87.0f));
 }
 #endif
@@ -291,6 +298,17 @@ LATTE_INLINE VecD exp(VecD x) {
   for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
   return x;
 }
+
+// exp(x) as above, and for x > 88 either NaN or more than 1e38.
+#if LATTE_VECTOR_BYTES == 64
+LATTE_INLINE VecF exp_saturating(VecF x) { return exp(x); }
+LATTE_INLINE VecD exp_saturating(VecD x) { return exp(x); }
+#else
+template <class V>
+LATTE_INLINE V exp_saturating(V x) {
+  return exp(min(V{} + 88, x));
+}
+#endif
 
 template <class T>
 LATTE_INLINE T exp_scalar(T x) {
