@@ -9,8 +9,13 @@ except ImportError as error:
 
 from . import reference
 from ._core import version as _version
+from .convolution import short_conv as short_conv
+from .convolution import short_conv_step as short_conv_step
 from .functional import latent_attention as latent_attention
 from .functional import latent_attention_step as latent_attention_step
+from .recurrence import linear_recurrence as linear_recurrence
+from .recurrence import rg_lru as rg_lru
+from .recurrence import rg_lru_step as rg_lru_step
 from .state import LatentState as LatentState
 
 __version__ = _version()
@@ -19,5 +24,10 @@ __all__ = [
     "__version__",
     "latent_attention",
     "latent_attention_step",
+    "linear_recurrence",
     "reference",
+    "rg_lru",
+    "rg_lru_step",
+    "short_conv",
+    "short_conv_step",
 ]

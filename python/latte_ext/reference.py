@@ -35,6 +35,10 @@ from functools import reduce
 import torch
 from torch import Tensor
 
+from ._reference_mixers import linear_recurrence as linear_recurrence
+from ._reference_mixers import rg_lru as rg_lru
+from ._reference_mixers import short_conv as short_conv
+
 StateTensors = tuple[Tensor, Tensor, Tensor]
 
 

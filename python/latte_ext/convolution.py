@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Short depthwise convolutions. Notation: B batch, T tokens, C channels, K width, N sequences (B,
+or len(cu_seqlens) - 1 when packed)."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from . import _reference_mixers as reference
+from ._checks import check_backend, check_flags, check_rank, check_tensors
+
+Backend = Literal["cpu", "cuda", "reference"]
+
+
+@overload
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    state: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    return_state: Literal[False] = ...,
+    backend: Backend | None = ...,
+) -> Tensor: ...
+@overload
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    state: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    return_state: Literal[True],
+    backend: Backend | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    causal: bool = True,
+    state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    return_state: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Depthwise convolution, y[t] = bias + sum over j < K of weight[:, j] x[t - left + j].
+
+    left is K - 1 if causal, else (K - 1) // 2 (torch's padding="same"). Inputs outside of the
+    sequence count as zero.
+
+    Args:
+        x: (B,T,C). float32, bfloat16, float16, or float64 (then weight and bias too).
+        weight: (C,K), K from 1 to 8; weight[:, K-1] is that of the token itself if causal.
+        bias: (C,).
+        causal: whether token t sees the tokens t-K+1..t, or K tokens around it.
+        state: (N,K-1,C) in x's dtype, the inputs before the first token, oldest first (causal
+            only); None: zeros.
+        cu_seqlens: (N+1,) int32 or int64 borders of N sequences packed along T, with B == 1.
+        return_state: also return the last K-1 inputs of every sequence, (N,K-1,C) (causal only).
+        backend: None chooses by device; "cpu", "cuda", or "reference" (plain torch).
+
+    Returns:
+        y (B,T,C) in x's dtype, and the state if asked for. Gradients reach x, weight, bias and
+        state.
+
+    Raises:
+        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
+    """
+    op = "short_conv"
+    check_tensors(op, {"x": x, "weight": weight}, bias=bias, state=state, cu_seqlens=cu_seqlens)
+    check_flags(op, causal=causal)
+    check_backend(op, "x", x, backend)
+    check_rank(op, 3, x=x, state=state)
+    check_rank(op, 2, weight=weight)
+    if not causal and (state is not None or return_state):
+        name = "return_state" if state is None else "state"
+        raise ValueError(f"[{op}] got {name} with causal=False, expected causal=True")
+    y, final = reference.short_conv(
+        x, weight, bias, causal=causal, state=state, cu_seqlens=cu_seqlens
+    )
+    return (y, final) if return_state else y
+
+
+def short_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
+    """One token per sequence: `state` is updated in place. Not differentiable.
+
+    Args:
+        x: (N,C), weight: (C,K), bias: (C,) or None, dtypes as in `short_conv`.
+        state: (N,K-1,C) in x's dtype, the last inputs, oldest first.
+
+    Returns:
+        y (N,C) in x's dtype.
+
+    Raises:
+        ValueError: shapes; TypeError: dtypes; RuntimeError: devices, or an input that requires
+        grad while grad mode is on.
+    """
+    op = "short_conv_step"
+    check_tensors(op, {"x": x, "weight": weight, "state": state}, bias=bias)
+    check_rank(op, 2, x=x, weight=weight)
+    check_rank(op, 3, state=state)
+    y, final = reference.short_conv(x.unsqueeze(1), weight, bias, state=state)
+    state.copy_(final)
+    return y.squeeze(1)

@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Linear recurrences. Notation: B batch, T tokens, C channels, N sequences (B, or
+len(cu_seqlens) - 1 when packed)."""
+
+from __future__ import annotations
+
+from typing import Literal, overload
+
+from torch import Tensor
+
+from . import _reference_mixers as reference
+from ._checks import check_backend, check_flags, check_rank, check_tensors
+
+Backend = Literal["cpu", "cuda", "reference"]
+
+
+@overload
+def linear_recurrence(
+    a: Tensor,
+    b: Tensor,
+    *,
+    h0: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    reverse: bool = ...,
+    return_state: Literal[False] = ...,
+    backend: Backend | None = ...,
+) -> Tensor: ...
+@overload
+def linear_recurrence(
+    a: Tensor,
+    b: Tensor,
+    *,
+    h0: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    reverse: bool = ...,
+    return_state: Literal[True],
+    backend: Backend | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def linear_recurrence(
+    a: Tensor,
+    b: Tensor,
+    *,
+    h0: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    return_state: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """h[t] = a[t] h[t-1] + b[t], channel by channel.
+
+    Args:
+        a: (B,T,C), any values. float32, bfloat16, float16, or float64 (then b and h0 too).
+        b: (B,T,C). Any strides are accepted.
+        h0: (N,C) float32 (float64 for float64 inputs), h before the first token; None: zero.
+        cu_seqlens: (N+1,) int32 or int64 borders of N sequences packed along T, with B == 1.
+        reverse: from the last token to the first, h[t] = a[t] h[t+1] + b[t]; h0 is then what
+            follows the last token.
+        return_state: also return the last h of every sequence, (N,C) in the dtype of h0.
+        backend: None chooses by device; "cpu", "cuda", or "reference" (plain torch).
+
+    Returns:
+        h (B,T,C) in b's dtype, and the state if asked for. Gradients reach a, b and h0.
+
+    Raises:
+        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
+    """
+    op = "linear_recurrence"
+    check_tensors(op, {"a": a, "b": b}, h0=h0, cu_seqlens=cu_seqlens)
+    check_flags(op, reverse=reverse)
+    check_backend(op, "a", a, backend)
+    check_rank(op, 3, a=a, b=b)
+    h, final = reference.linear_recurrence(a, b, h0=h0, cu_seqlens=cu_seqlens, reverse=reverse)
+    return (h, final) if return_state else h
+
+
+@overload
+def rg_lru(
+    x: Tensor,
+    gate_a: Tensor,
+    gate_x: Tensor,
+    log_lambda: Tensor,
+    *,
+    h0: Tensor | None = ...,
+    fresh: Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    reverse: bool = ...,
+    return_state: Literal[False] = ...,
+    backend: Backend | None = ...,
+) -> Tensor: ...
+@overload
+def rg_lru(
+    x: Tensor,
+    gate_a: Tensor,
+    gate_x: Tensor,
+    log_lambda: Tensor,
+    *,
+    h0: Tensor | None = ...,
+    fresh: Tensor | None = ...,
+    key_mask: Tensor | None = ...,
+    cu_seqlens: Tensor | None = ...,
+    reverse: bool = ...,
+    return_state: Literal[True],
+    backend: Backend | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+def rg_lru(
+    x: Tensor,
+    gate_a: Tensor,
+    gate_x: Tensor,
+    log_lambda: Tensor,
+    *,
+    h0: Tensor | None = None,
+    fresh: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    reverse: bool = False,
+    return_state: bool = False,
+    backend: Backend | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The real-gated linear recurrent unit of Griffin (arXiv 2402.19427, section 2.4)::
+
+        r, i  = sigmoid(gate_a), sigmoid(gate_x)
+        log a = -8 r softplus(log_lambda)              a = (1 + lambda)^(-8 r)
+        h[t]  = a[t] h[t-1] + sqrt(1 - a[t]^2) i[t] x[t]
+
+    The square root is 1 at the first token of a sequence, and its derivative is at most 1000, as
+    in the public Griffin code, whose parameter `a_param` log_lambda is.
+
+    Args:
+        x: (B,T,C). float32, bfloat16, float16, or float64 (then all others too).
+        gate_a, gate_x: (B,T,C), the gates before the sigmoid. Any strides are accepted.
+        log_lambda: (C,), the decay per channel.
+        h0: (N,C) float32 (float64 for float64 inputs), the state of sequences that go on; None:
+            every sequence starts here.
+        fresh: (N,) bool with h0, true for a sequence of which h0 (zeros) holds no token yet: it
+            starts here.
+        key_mask: (B,T) bool, true for a real token; at the others the state stays as it is.
+        cu_seqlens: (N+1,) int32 or int64 borders of N sequences packed along T, with B == 1.
+        reverse: from the last token to the first.
+        return_state: also return the last h of every sequence, (N,C) in the dtype of h0.
+        backend: None chooses by device; "cpu", "cuda", or "reference" (plain torch).
+
+    Returns:
+        h (B,T,C) in x's dtype, and the state if asked for. Gradients reach x, the gates,
+        log_lambda and h0.
+
+    Raises:
+        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
+    """
+    op = "rg_lru"
+    check_tensors(
+        op, {"x": x, "gate_a": gate_a, "gate_x": gate_x, "log_lambda": log_lambda},
+        h0=h0, fresh=fresh, key_mask=key_mask, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    check_flags(op, reverse=reverse)
+    check_backend(op, "x", x, backend)
+    check_rank(op, 3, x=x, gate_a=gate_a, gate_x=gate_x)
+    h, final = reference.rg_lru(
+        x, gate_a, gate_x, log_lambda, h0=h0, fresh=fresh, key_mask=key_mask,
+        cu_seqlens=cu_seqlens, reverse=reverse,
+    )  # fmt: skip
+    return (h, final) if return_state else h
+
+
+def rg_lru_step(
+    x: Tensor,
+    gate_a: Tensor,
+    gate_x: Tensor,
+    log_lambda: Tensor,
+    state: Tensor,
+    *,
+    fresh: Tensor | None = None,
+) -> Tensor:
+    """One token per sequence: `state` is updated in place. Not differentiable.
+
+    Args:
+        x, gate_a, gate_x: (N,C), log_lambda: (C,), dtypes as in `rg_lru`.
+        state: (N,C) float32 (float64 for float64 inputs).
+        fresh: (N,) bool, true for a sequence without a token yet; left as it is. None: none.
+
+    Returns:
+        h (N,C) in x's dtype.
+
+    Raises:
+        ValueError: shapes; TypeError: dtypes; RuntimeError: devices, or an input that requires
+        grad while grad mode is on.
+    """
+    op = "rg_lru_step"
+    check_tensors(
+        op,
+        {"x": x, "gate_a": gate_a, "gate_x": gate_x, "log_lambda": log_lambda, "state": state},
+        fresh=fresh,
+    )
+    check_rank(op, 2, x=x, gate_a=gate_a, gate_x=gate_x, state=state)
+    h, final = reference.rg_lru(
+        x.unsqueeze(1), gate_a.unsqueeze(1), gate_x.unsqueeze(1), log_lambda, h0=state, fresh=fresh
+    )
+    state.copy_(final)
+    return h.squeeze(1)
