@@ -17,17 +17,31 @@ from .recurrence import linear_recurrence as linear_recurrence
 from .recurrence import rg_lru as rg_lru
 from .recurrence import rg_lru_step as rg_lru_step
 from .state import LatentState as LatentState
+from .window import macchiato_attention as macchiato_attention
+from .window import macchiato_attention_step as macchiato_attention_step
+from .window import sliding_window_attention as sliding_window_attention
+from .window import sliding_window_attention_step as sliding_window_attention_step
+from .window_cache import MacchiatoState as MacchiatoState
+from .window_cache import WindowCache as WindowCache
+from .window_cache import WindowSinks as WindowSinks
 
 __version__ = _version()
 __all__ = [
     "LatentState",
+    "MacchiatoState",
+    "WindowCache",
+    "WindowSinks",
     "__version__",
     "latent_attention",
     "latent_attention_step",
     "linear_recurrence",
+    "macchiato_attention",
+    "macchiato_attention_step",
     "reference",
     "rg_lru",
     "rg_lru_step",
     "short_conv",
     "short_conv_step",
+    "sliding_window_attention",
+    "sliding_window_attention_step",
 ]

@@ -30,6 +30,7 @@ backward pass outside of it, as torch asks); y has the dtype of v.
 """
 
 import contextlib
+import math
 from functools import reduce
 
 import torch
@@ -207,6 +208,198 @@ def latent_attention_quadratic(
     final = (x[:, :, tokens:] for x in (max_, norm, mean))
     max_, norm, mean = (x[0].transpose(0, 1) if packed else x.squeeze(2) for x in final)
     return y.to(v.dtype), (max_, norm, mean)
+
+
+def sliding_window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    causal: bool = True,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    past: int = 0,
+    sinks: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
+    start: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention to the tokens closer than `window`, from the definition: O(T S) memory.
+
+    Every sequence of T query tokens has S = past + T keys: query t stands at key past + t. A row
+    that sees no key gives y = 0; `key_mask` removes keys and values, whatever they hold.
+
+    Args:
+        q: queries (B,H,T,Dk).
+        k: keys (B,Hk,S,Dk).
+        v: values (B,Hk,S,D).
+        window: token t sees the keys s with t - window < s <= t, or |t - s| < window.
+        causal: which of the two.
+        scale: multiplies q . k; None is 1/sqrt(Dk).
+        key_mask: (B,S) bool, True = a real token.
+        cu_seqlens: (N+1,) integer offsets of the queries of N sequences packed along T, B == 1. The
+            keys of sequence n then begin at cu_seqlens[n] + n * past.
+        past: keys of each sequence before its first query.
+        sinks: queries (B,H,T,Dk), keys (N,Hk,n,Dk), values (N,Hk,n,D) and either None, every token
+            sees them all, or positions (N,n): a token sees those that its window does not hold.
+        start: (N,) position of the first query in its sequence, 0 if None; matters to sinks only.
+
+    Returns:
+        y (B,H,T,D) in the dtype of v.
+    """
+    with _autocast_disabled(q.device):
+        dtype = reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype, torch.float32))
+        scale = q.shape[3] ** -0.5 if scale is None else scale
+        queries, keys, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
+        if key_mask is None:
+            key_mask = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+        lengths = None if cu_seqlens is None else cu_seqlens.diff().tolist()
+        sequences = q.shape[0] if lengths is None else len(lengths)
+        if start is None:
+            start = torch.zeros(sequences, dtype=torch.int64, device=q.device)
+        if sinks is not None:
+            q_sink, k_sink, v_sink, position = sinks
+            sinks = q_sink.to(dtype) * scale, k_sink.to(dtype), v_sink.to(dtype), position
+        if lengths is None:
+            y = _window(queries, keys, values, key_mask, window, causal, sinks, start)
+        else:
+            rows = [values.new_empty(1, q.shape[1], 0, v.shape[3])]
+            longer = [past + n for n in lengths]
+            pieces = (
+                queries.split_with_sizes(lengths, dim=2),
+                keys.split_with_sizes(longer, dim=2),
+                values.split_with_sizes(longer, dim=2),
+                key_mask.split_with_sizes(longer, dim=1),
+            )
+            for n, (q_n, k_n, v_n, mask_n) in enumerate(zip(*pieces, strict=True)):
+                sinks_n = None
+                if sinks is not None:
+                    first = sum(lengths[:n])
+                    sinks_n = (
+                        sinks[0][:, :, first : first + lengths[n]],
+                        sinks[1][n : n + 1],
+                        sinks[2][n : n + 1],
+                        None if sinks[3] is None else sinks[3][n : n + 1],
+                    )
+                rows.append(
+                    _window(q_n, k_n, v_n, mask_n, window, causal, sinks_n, start[n : n + 1])
+                )
+            y = torch.cat(rows, dim=2)
+    return y.to(v.dtype)
+
+
+def macchiato_attention(
+    q_latent: Tensor,
+    k_latent: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    window: int,
+    causal: bool = True,
+    scale: float | None = None,
+    latent_scale: float = 1.0,
+    key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    state: StateTensors | None = None,
+    past: int = 0,
+    past_k: Tensor | None = None,
+    past_v: Tensor | None = None,
+    past_mask: Tensor | None = None,
+    sinks: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
+    start: Tensor | None = None,
+) -> tuple[Tensor, StateTensors]:
+    """Window and latents in one probability: p(l|t) = softmax over l = 0..L of q_latent[t]::
+
+        y[t] = p(0|t) * sliding_window_attention(q, k, v)[t] + sum over l >= 1 of p(l|t) mean[t,l]
+
+    with mean[t,l] as in `latent_attention`, over *all* tokens s <= t (all if not causal). With
+    window=0 there is no column 0: the softmax runs over the latents alone.
+
+    Args:
+        q_latent: (B,H,T,1+L) logits, column 0 for the window.
+        k_latent: (B,Hl,T,L) logits of p(s|l), H a multiple of Hl.
+        q, k, v: (B,H,T,Dk), (B,Hk,T,Dk), (B,Hk,T,D).
+        window, causal, scale, key_mask, cu_seqlens: as in `sliding_window_attention`.
+        latent_scale: multiplies q_latent and k_latent.
+        state: of N sequences to continue from, causal only; its heads are the least common multiple
+            of Hl and Hk.
+        past, past_k, past_v, past_mask: what the window sees instead of k, v and key_mask if there
+            are keys before the first query.
+        sinks, start: of the window.
+
+    Returns:
+        y (B,H,T,D) in the dtype of v, and the latents' state after the last token.
+    """
+    if state is not None and not causal:
+        raise ValueError("[macchiato_attention] got state with causal=False, expected causal=True")
+    with _autocast_disabled(q.device):
+        heads = math.lcm(k_latent.shape[1], v.shape[1])
+        p, keys, values = _prepare(
+            q_latent if window else q_latent[..., 1:],
+            k_latent.repeat_interleave(heads // k_latent.shape[1], dim=1),
+            v.repeat_interleave(heads // v.shape[1], dim=1),
+            latent_scale,
+            key_mask,
+        )
+        carry = _initial_state(keys, values, cu_seqlens)
+        if state is not None:
+            carry = merge(carry, state)
+        latents = p[..., 1:] if window else p
+        if cu_seqlens is None:
+            y, carry = _attend(latents, keys, values, carry, causal)
+        else:
+            lengths = cu_seqlens.diff().tolist()
+            y, carry = _attend_packed(latents, keys, values, carry, causal, lengths)
+        if window:
+            local = sliding_window_attention(
+                q,
+                k if past_k is None else past_k,
+                (v if past_v is None else past_v).to(p.dtype),
+                window=window,
+                causal=causal,
+                scale=scale,
+                key_mask=key_mask if past_mask is None else past_mask,
+                cu_seqlens=cu_seqlens,
+                past=past,
+                sinks=sinks,
+                start=start,
+            )
+            y = y + p[..., :1] * local
+    return y.to(v.dtype), carry
+
+
+def _window(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor,
+    window: int,
+    causal: bool,
+    sinks: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
+    start: Tensor,
+) -> Tensor:
+    """One window per token, of B sequences of T queries (already scaled) and S >= T keys."""
+    tokens, group = q.shape[2], q.shape[1] // k.shape[1]
+    at = torch.arange(k.shape[2] - tokens, k.shape[2], device=q.device)
+    distance = at[:, None] - torch.arange(k.shape[2], device=q.device)
+    near = (distance < window) & (distance >= 0 if causal else distance > -window)
+    visible = near & key_mask[:, None, None, :]
+    values = torch.where(key_mask[:, None, :, None], v, 0)
+    keys = k.repeat_interleave(group, dim=1)
+    logits = torch.where(visible, q @ keys.transpose(2, 3), -torch.inf)
+    values = values.repeat_interleave(group, dim=1)
+    if sinks is not None:
+        q_sink, k_sink, v_sink, position = sinks
+        sink_logits = q_sink @ k_sink.repeat_interleave(group, dim=1).transpose(2, 3)
+        if position is not None:
+            own = start[:, None] + torch.arange(tokens, device=q.device)
+            distance = own[:, :, None] - position[:, None, :]
+            outside = distance >= window if causal else distance.abs() >= window
+            sink_logits = torch.where(outside[:, None], sink_logits, -torch.inf)
+        logits = torch.cat([sink_logits, logits], dim=3)
+        values = torch.cat([v_sink.repeat_interleave(group, dim=1), values], dim=2)
+    return _softmax(logits, dim=-1) @ values
 
 
 def _prepare(
