@@ -72,7 +72,7 @@ def huge() -> Problem:
 
 
 def offset_values() -> Problem:
-    # Half the tokens: the error of a mean is a random walk, and 4e-6 of it was seen at 2,000 tokens.
+    # Half the tokens: the error of a mean is a random walk, and reached 4e-6 at 2,000.
     problem = make_problem(LATENTS, DIM, TOKENS // 2, batch=1, heads=1)
     return dataclasses.replace(problem, v=problem.v + 100)
 
@@ -100,6 +100,9 @@ TABLE: dict[str, Callable[[], Problem]] = {
     "jump_up_twice": lambda: jumps((300, 1e4), (550, 3e4)),
     "jump_down": lambda: jumps((300, -1e4)),
     "jump_at_every_chunk": lambda: jumps(*((t, 200.0) for t in range(64, TOKENS, 64))),
+    "raised_in_every_chunk": lambda: jumps(*((t, 30.0) for t in range(40, TOKENS, 64))),
+    "raised_as_far_as_it_goes": lambda: jumps(*((t, 57.0) for t in range(63, TOKENS, 64))),
+    "raised_a_little_further": lambda: jumps(*((t, 63.0) for t in range(63, TOKENS, 64))),
     "jumps_per_latent": jumps_per_latent,
     "left_padding": lambda: hidden(torch.arange(TOKENS) >= 200),
     "right_padding": lambda: hidden(torch.arange(TOKENS) < 500),
@@ -125,6 +128,13 @@ def test_table(case: str, causal: bool) -> None:
     solution = check(problem)
     for name, value in solution.named():
         assert not value.isnan().any(), name
+
+
+@pytest.mark.parametrize("first", [0, 40, 63])
+def test_raised_above_an_initial_state(first: int) -> None:
+    problem = make_problem(16, 8, 150, batch=1, heads=2, initial_state=True)
+    problem.k[:, :, first:] += 30
+    check(problem)
 
 
 @pytest.mark.parametrize("spread", [1.0, 100.0])

@@ -30,7 +30,7 @@ def assert_cut_is_whole(problem: Problem, counts: tuple[int, ...] = (2, 5)) -> N
 
 
 def shift_keys(problem: Problem, kind: str) -> Problem:
-    slopes = {"rising": 0.7, "falling": -0.7, "slow": 0.02}
+    slopes = {"rising": 0.7, "steep": 1.5, "falling": -0.7, "slow": 0.02}
     if kind == "normal":
         return problem
     if kind == "tied":
@@ -40,7 +40,7 @@ def shift_keys(problem: Problem, kind: str) -> Problem:
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("kind", ["normal", "rising", "falling", "slow", "tied"])
+@pytest.mark.parametrize("kind", ["normal", "rising", "steep", "falling", "slow", "tied"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_keys(causal: bool, kind: str, dtype: torch.dtype) -> None:
     problem = make_problem(

@@ -169,6 +169,7 @@ class Bidirectional {
       prepared.alpha = s_.alpha;
       const Keys keys = prepare<T, Operands::keys_only>(n, width_, nullptr, 0, ks.data, ks.stride,
                                                         norm_, prepared);
+      if (keys == Keys::raised) mean_.scale_rows(s_.alpha);
       ScanOperands<T> scan = scan_operands<T>(n, mean_, nullptr);
       scan.x = row_blocks_of<const T>(s_.p, stride_);
       scan.y = column_operand(v_, first, n, s_.v, value_stride_);

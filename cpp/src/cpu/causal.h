@@ -59,6 +59,7 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
     const RowsInUse<T> qs(q, first, n, s.q, stride), ks(k, first, n, s.k, stride);
     const Keys keys = prepare<T, Operands::forward>(n, width, qs.data, qs.stride, ks.data,
                                                     ks.stride, norm, prepared);
+    if (keys == Keys::raised) state.scale_rows(s.alpha);
     PrefetchList next(tile_count(state));
     ScanOperands<T> scan = scan_operands(n, state, s.y);
     scan.x = first_of_pair(s.ew);
@@ -167,6 +168,7 @@ class CausalBackward {
         scan_tiles<T, Part::update_only, Decay::none>(rows);
         carry_queries<false>(first, n);
       }
+      note_frame(keys, first);
     }
     store_carry();
   }
@@ -215,6 +217,7 @@ class CausalBackward {
     const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
     const Keys keys = prepare<T, Operands::gradient_forward>(n, width_, qs.data, qs.stride, ks.data,
                                                              ks.stride, norm_, prepared());
+    if (keys == Keys::raised) forward_state_.scale_columns(s_.alpha);
     PrefetchList next(tile_count(forward_state_));
     ScanOperands<T> scan = scan_operands(n, forward_state_, s_.u);
     scan.x = row_operand(v_, first, n, s_.v, value_stride_);
@@ -279,11 +282,11 @@ class CausalBackward {
     }
   }
 
-  // R and c at the stage's first token, in the frame of its border.
+  // R and c at the stage's first token, and their frame.
   void store_carry() {
     const HeadState& carry = task_.carry_out;
     for (int64_t l = 0; l < task_.latents; ++l) {
-      static_cast<T*>(carry.max)[l * carry.max_stride] = border(begin_)[l];
+      static_cast<T*>(carry.max)[l * carry.max_stride] = s_.frame[l];
       static_cast<T*>(carry.norm)[l * carry.norm_stride] = s_.c[l];
       for (int64_t i = 0; i < task_.dim; ++i)
         static_cast<T*>(carry.mean)[l * carry.mean_stride_l + i * carry.mean_stride_d] =
@@ -311,22 +314,25 @@ class CausalBackward {
     }
   }
 
-  // R and c grow with exp(reference). After the last chunk and where pass F was cut, their frame is
-  // a true maximum, above the lazy reference of the chunk before.
-  void enter_frame(const T* frame) {
+  // R and c grow with exp(reference): their frame is the one that they were summed in.
+  void note_frame(Keys keys, int64_t first) {
+    __builtin_memcpy(s_.frame, keys == Keys::rising ? border(first) : s_.r, width_ * sizeof(T));
+  }
+  // From there to the reference s_.r, which is never above: after the last chunk and where pass F
+  // was cut the frame is a true maximum, and a chunk that was raised is above the chunk before.
+  void enter_frame() {
     bool above = false;
     for (int64_t l = 0; l < width_; l += kLanes<T>)
-      above |= any_greater(load(frame + l), load(s_.r + l));
+      above |= any_greater(load(s_.frame + l), load(s_.r + l));
     if (!above) return;
-    for (int64_t l = 0; l < task_.latents; ++l) {
-      const T factor = exp_scalar(s_.r[l] - frame[l]);
-      if (factor == 1) continue;
-      s_.c[l] *= factor;
-      for (int64_t i = 0; i < task_.dim; ++i) {
-        r_state_.at(l, i) *= factor;
-        r_transposed_.at(i, l) *= factor;
-      }
+    // u is free between two scans.
+    for (int64_t l = 0; l < width_; l += kLanes<T>) {
+      const Vec<T> factor = exp(min(Vec<T>{}, load(s_.r + l) - load(s_.frame + l)));
+      store(blocked(s_.u, 0, l), factor);
+      store(s_.c + l, load(s_.c + l) * factor);
     }
+    r_state_.scale_rows(s_.u);
+    r_transposed_.scale_columns(s_.u);
   }
 
   // Prepares a chunk from its border as pass F did, with R and c in its frame.
@@ -336,7 +342,7 @@ class CausalBackward {
     const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
     const Keys keys = prepare<T, Operands::gradient_reverse>(n, width_, qs.data, qs.stride, ks.data,
                                                              ks.stride, norm_, prepared());
-    enter_frame(first + n == end_ ? s_.frame : border(first + n));
+    enter_frame();
     return keys;
   }
 
@@ -369,6 +375,7 @@ class CausalBackward {
       scan_tiles<T, Part::both, Decay::none>(transposed);
       key_gradient<false>(first, n);
     }
+    note_frame(keys, first);
     flush_blocks(dv_, first, n, s_.dv);
   }
 
@@ -407,6 +414,10 @@ class CausalBackward {
   void initial_gradient() {
     const HeadState &d = task_.d_initial, &initial = task_.initial;
     if (!d.norm) return;
+    if (end_ > 0) {
+      __builtin_memcpy(s_.r, border(0), width_ * sizeof(T));
+      enter_frame();
+    }
     for (int64_t l = 0; l < task_.latents; ++l) {
       const T mass = read<T>(initial.norm, l * initial.norm_stride);
       const bool empty =

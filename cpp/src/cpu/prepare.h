@@ -5,10 +5,11 @@
 //
 // and y_t = sum_l w_tl S_tl does not depend on r. The reference is raised lazily: only when a key
 // exceeds r + 16. So r was some earlier key, z >= 1 and e <= e^16 hold always, nothing is divided
-// by a small number, and no chunk can underflow. A chunk in which some key exceeds r + 16 follows
-// the running maximum instead, for every latent and token, and the scan decays the state by
-// alpha_t = exp(r_(t-1) - r_t) as it goes: at most 1.46 times the time of an ordinary chunk, where
-// a list of raises cost 4 times for keys that rise at every token.
+// by a small number, and no chunk can underflow. A chunk whose largest key exceeds r + 16, but not
+// r + 60, is raised as a whole, to the largest keys, before its first token: z is at least exp(-60)
+// in it. A chunk that climbs higher follows the running maximum, for every latent and token, and
+// the scan decays the state by alpha_t = exp(r_(t-1) - r_t) as it goes: at most 1.46 times the time
+// of an ordinary chunk, where a list of raises cost 4 times for keys that rise at every token.
 #pragma once
 
 #include "cpu/scan.h"
@@ -17,6 +18,9 @@ namespace latte::LATTE_ISA {
 
 template <class T>
 inline constexpr T kLazyMargin = 16;
+// exp(-60) = 9e-27: normal, above kEmptyNorm, and a key that underflows has less than 1e-11 of it.
+template <class T>
+inline constexpr T kHighestRaise = 60;
 // Finite, so that -inf - r is -inf and never NaN.
 template <class T>
 inline constexpr T kLowest = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__);
@@ -51,7 +55,7 @@ struct Prepared {
   T* blocked = nullptr;
   T *p = nullptr, *w = nullptr, *inverse_z = nullptr, *e = nullptr;
   int64_t row_stride = 0;  // of p, w, inverse_z and e
-  T* alpha = nullptr;      // blocked
+  T* alpha = nullptr;      // blocked; row 0 alone for a raised chunk
 };
 
 // exp(q - max q) of one row into p, and 1 / its sum: 0 for a row without a usable latent.
@@ -112,21 +116,24 @@ inline void softmax_rows(int64_t n, int64_t width, const T* q, int64_t q_stride,
 // How the scan must take a chunk.
 enum class Keys {
   ordinary,
-  rising,  // some key exceeds the margin: out.alpha holds a decay per token
+  raised,  // the state before the chunk must be scaled by row 0 of out.alpha
+  rising,  // out.alpha holds a decay per token
   tied,    // some latent's keys repeat
 };
 
 // Lags at which a key is compared with the chunk's first: every period up to 8 divides two of them.
 inline constexpr int64_t kTieLags[] = {24, 40, 42, 48, 56, 60};
 
-// Moves the reference of an empty latent to its first key for free, notes the maximum, and looks
-// for a key above the margin and for ties. Equal additions all round the same way: tied keys made
-// the state drift by 4e-4 of its size in 65,536 tokens, where differing keys leave 7e-6. Two equal
-// lags count as tied, which random keys of 8 bits are in 1 chunk of 4,400 per latent.
+// Moves the reference of an empty latent to its first key for free, notes the maximum (also in row
+// 0 of alpha), and looks for a key above the margin and for ties. Equal additions all round the
+// same way: tied keys made the state drift by 4e-4 of its size in 65,536 tokens, where differing
+// keys leave 7e-6. Two equal lags count as tied, which random keys of 8 bits are in 1 chunk of
+// 4,400 per latent.
 template <class T>
 inline Keys classify_keys(int64_t n, int64_t width, const T* k, int64_t k_stride,
-                          const Normaliser<T>& norm) {
-  bool rise = false, tied = false;
+                          const Normaliser<T>& norm, T* alpha) {
+  Vec<T> excess = {};
+  bool tied = false;
   for (int64_t l = 0; l < width; l += kLanes<T>) {
     Vec<T> m = load(k + l);
     const Vec<T> r0 = load(norm.r + l);
@@ -136,7 +143,8 @@ inline Keys classify_keys(int64_t n, int64_t width, const T* k, int64_t k_stride
     // every later row by itself.
     for (int64_t t = 1; t < n; ++t) m = max(load(k + t * k_stride + l), m);
     store(norm.top + l, max(load(norm.top + l), m));
-    rise |= any_greater(m, r + kLazyMargin<T>);
+    store(blocked(alpha, 0, l), m);
+    excess = max(m - r, excess);
     const Vec<T> key = load(k + l);
     Vec<T> ties = {};
     for (const int64_t t : kTieLags)
@@ -144,7 +152,21 @@ inline Keys classify_keys(int64_t n, int64_t width, const T* k, int64_t k_stride
         ties += (load(k + t * k_stride + l) == key) & (key >= kLowest<T>) ? splat(T(1)) : Vec<T>{};
     tied |= any_greater(ties, splat(T(1)));
   }
-  return rise ? Keys::rising : tied ? Keys::tied : Keys::ordinary;
+  if (any_greater(excess, splat(kHighestRaise<T>))) return Keys::rising;
+  if (any_greater(excess, splat(kLazyMargin<T>))) return Keys::raised;
+  return tied ? Keys::tied : Keys::ordinary;
+}
+
+// Raises the reference to the maxima in row 0 of alpha, and leaves there what that does to S.
+template <class T>
+inline void raise_reference(int64_t width, const Normaliser<T>& norm, T* alpha) {
+  for (int64_t l = 0; l < width; l += kLanes<T>) {
+    const Vec<T> r = load(norm.r + l), raised = max(r, load(blocked(alpha, 0, l)));
+    const Vec<T> factor = exp(r - raised);
+    store(norm.r + l, raised);
+    store(norm.z + l, load(norm.z + l) * factor);
+    store(blocked(alpha, 0, l), factor);
+  }
 }
 
 // Two short passes over U vectors of latents instead of one chain exp -> z -> 1/z -> w per vector,
@@ -233,7 +255,8 @@ inline Keys prepare(int64_t n, int64_t width, const T* q, int64_t q_stride, cons
   alignas(64) T inverse_sums[kChunk];
   if constexpr (kOperands != Operands::keys_only)
     softmax_rows(n, width, q, q_stride, out.p, out.row_stride, inverse_sums);
-  const Keys keys = classify_keys(n, width, k, k_stride, norm);
+  const Keys keys = classify_keys(n, width, k, k_stride, norm, out.alpha);
+  if (keys == Keys::raised) raise_reference(width, norm, out.alpha);
   if (keys == Keys::rising) {
     prepare_all<T, kOperands, true>(n, width, k, k_stride, norm, out, inverse_sums, false);
   } else {

@@ -133,6 +133,8 @@ class Source : public RowView<T> {
       Vec<T> x = splat(absent_);
       if (present && stride_c == 1 && c + kLanes<T> <= width) {
         x = load_compute(row + c) * scale_;
+      } else if (present && stride_c == 1) {
+        x = first_lanes(width - c, load_compute_part(row + c, width - c) * scale_, absent_);
       } else if (present) {
         for (int64_t lane = 0; lane < kLanes<T> && c + lane < width; ++lane)
           x[lane] = to_compute(row[(c + lane) * stride_c]) * scale_;
@@ -170,6 +172,8 @@ class Sink : public RowView<T> {
       const Vec<T> x = produce(i, c);
       if (stride_c == 1 && c + kLanes<T> <= width) {
         store_compute(row + c, x);
+      } else if (stride_c == 1) {
+        store_compute_part(row + c, width - c, x);
       } else {
         for (int64_t lane = 0; lane < kLanes<T> && c + lane < width; ++lane)
           from_compute(x[lane], row + (c + lane) * stride_c);

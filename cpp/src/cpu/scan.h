@@ -122,6 +122,20 @@ struct Tiles {
     for (int64_t i = 0; i < size(a, b); i += kLanes<T>)
       store(data + i, load(data + i) + load(other.data + i));
   }
+  // Row i times alpha[i], column j times alpha[j]; alpha is blocked.
+  void scale_rows(const T* alpha) const {
+    for (int64_t cb = 0; cb < column_blocks<T>(b); ++cb)
+      for (int64_t i = 0; i < row_blocks<T>(a) * kRows<T>; ++i)
+        for (int64_t j = 0; j < kColumns<T>; j += kLanes<T>) {
+          T* const p = &at(i, cb * kColumns<T> + j);
+          store(p, load(p) * splat(*blocked(alpha, 0, i)));
+        }
+  }
+  void scale_columns(const T* alpha) const {
+    for (int64_t j = 0; j < b; j += kLanes<T>)
+      for (int64_t i = 0; i < row_blocks<T>(a) * kRows<T>; ++i)
+        store(&at(i, j), load(&at(i, j)) * load(blocked(alpha, 0, j)));
+  }
   void clear() const { __builtin_memset(data, 0, size(a, b) * sizeof(T)); }
 };
 
