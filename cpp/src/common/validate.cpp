@@ -1,41 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "common/validate.h"
 
-#include <cstdlib>
-#include <initializer_list>
 #include <string>
+
+#include "common/checker.h"
 
 namespace latte {
 namespace {
 
 using Kind = Error::Kind;
-
-const char* name_of(DType dtype) {
-  switch (dtype) {
-    case DType::float32:
-      return "float32";
-    case DType::float64:
-      return "float64";
-    case DType::bfloat16:
-      return "bfloat16";
-    case DType::float16:
-      return "float16";
-    case DType::boolean:
-      return "bool";
-    case DType::int32:
-      return "int32";
-    case DType::int64:
-      return "int64";
-  }
-  return "unknown";
-}
-
-std::string shape_text(const int64_t* shape, int64_t rank) {
-  std::string text = "(";
-  // A Tensor holds four sizes, whatever its rank.
-  for (int64_t i = 0; i < rank && i < 4; ++i) text += (i ? ", " : "") + std::to_string(shape[i]);
-  return text + (rank > 4 ? ", ...)" : rank == 1 ? ",)" : ")");
-}
 
 using StateNames = const char* [3];
 constexpr StateNames kState = {"state.max", "state.norm", "state.mean"};
@@ -46,70 +19,9 @@ constexpr StateNames kMergeA = {"a.max", "a.norm", "a.mean"};
 constexpr StateNames kMergeB = {"b.max", "b.norm", "b.mean"};
 constexpr StateNames kMergeOut = {"out.max", "out.norm", "out.mean"};
 
-// Checks the arguments of one call; every message starts with the op's name in brackets.
-class Checker {
+class Checker : public BaseChecker {
  public:
-  explicit Checker(const char* op) : op_(op) {}
-
-  [[noreturn]] void fail(Kind kind, const std::string& text) const {
-    throw Error(kind, "[" + std::string(op_) + "] " + text);
-  }
-
-  void rank(const char* name, const Tensor& t, int64_t expected, const char* axes) const {
-    if (t.rank != expected)
-      fail(Kind::value, std::string(name) + " has shape " + shape_text(t.shape, t.rank) +
-                            ", expected " + std::to_string(expected) + " dimensions " + axes);
-  }
-
-  void shape(const char* name, const Tensor& t, std::initializer_list<int64_t> expected,
-             const char* axes) const {
-    bool same = t.rank == static_cast<int64_t>(expected.size());
-    for (int64_t i = 0; same && i < t.rank; ++i) same = t.shape[i] == expected.begin()[i];
-    if (!same)
-      fail(Kind::value,
-           std::string(name) + " has shape " + shape_text(t.shape, t.rank) + ", expected " +
-               shape_text(expected.begin(), static_cast<int64_t>(expected.size())) + " = " + axes);
-    memory(name, t);
-  }
-
-  void memory(const char* name, const Tensor& t) const {
-    bool empty = false;
-    for (int64_t i = 0; i < t.rank; ++i) empty |= t.shape[i] == 0;
-    if (!t.data && !empty)
-      fail(Kind::value, std::string(name) + " has no data, expected a pointer to memory");
-  }
-
-  void dtype(const char* name, const Tensor& t, std::initializer_list<DType> allowed) const {
-    for (const DType d : allowed)
-      if (t.dtype == d) return;
-    std::string expected;
-    for (const DType d : allowed)
-      expected += (expected.empty() ? "" : " or ") + std::string(name_of(d));
-    fail(Kind::type,
-         std::string(name) + " has dtype " + name_of(t.dtype) + ", expected " + expected);
-  }
-
-  // An output must not address one element twice. Sufficient, and true of every view that torch
-  // makes of a dense tensor without expanding or unfolding it: each stride steps over all that the
-  // smaller strides reach.
-  void writable(const char* name, const Tensor& t) const {
-    for (int64_t i = 0; i < t.rank; ++i)
-      if (t.shape[i] == 0) return;
-    for (int64_t i = 0; i < t.rank; ++i) {
-      if (t.shape[i] == 1) continue;
-      const int64_t stride = std::abs(t.stride[i]);
-      int64_t reach = 0;
-      for (int64_t j = 0; j < t.rank; ++j) {
-        const int64_t other = std::abs(t.stride[j]);
-        if (other < stride || (other == stride && j < i)) reach += (t.shape[j] - 1) * other;
-      }
-      if (stride <= reach || stride == 0)
-        fail(Kind::value, std::string(name) + " has stride " + std::to_string(t.stride[i]) +
-                              " in dimension " + std::to_string(i) + " of shape " +
-                              shape_text(t.shape, t.rank) +
-                              ", expected an output that addresses each element once");
-    }
-  }
+  using BaseChecker::BaseChecker;
 
   // q, k and v: floating point, all float64 or none.
   bool compute_type(const Tensor& q, const Tensor& k, const Tensor& v) const {
@@ -164,9 +76,6 @@ class Checker {
     if (!(scale - scale == 0))
       fail(Kind::value, "scale is " + std::to_string(scale) + ", expected a finite number");
   }
-
- private:
-  const char* op_;
 };
 
 bool any_state(const State& s) { return present(s.max) || present(s.norm) || present(s.mean); }
@@ -197,29 +106,8 @@ Problem validate_inputs(const Checker& check, const Params& p) {
     check.shape("key_mask", p.key_mask, {problem.batch, problem.tokens}, "(batch, tokens)");
   }
   if (present(p.cu_seqlens)) {
-    check.dtype("cu_seqlens", p.cu_seqlens, {DType::int32, DType::int64});
-    check.rank("cu_seqlens", p.cu_seqlens, 1, "(sequences + 1,)");
-    check.memory("cu_seqlens", p.cu_seqlens);
-    const int64_t borders = p.cu_seqlens.shape[0];
-    if (problem.batch != 1)
-      check.fail(Kind::value,
-                 "q has batch " + std::to_string(problem.batch) + ", expected 1 with cu_seqlens");
-    if (borders < 1)
-      check.fail(Kind::value, "cu_seqlens has 0 elements, expected the number of sequences + 1");
     problem.packed = true;
-    problem.sequences = borders - 1;
-    int64_t previous = 0;
-    for (int64_t i = 0; i < borders; ++i) {
-      const int64_t border = sequence_border(p.cu_seqlens, i);
-      if (i == 0 ? border != 0 : border < previous)
-        check.fail(Kind::value, "cu_seqlens[" + std::to_string(i) + "] is " +
-                                    std::to_string(border) + ", expected " +
-                                    (i == 0 ? "0" : "at least " + std::to_string(previous)));
-      previous = border;
-    }
-    if (previous != problem.tokens)
-      check.fail(Kind::value, "cu_seqlens ends at " + std::to_string(previous) + ", expected " +
-                                  std::to_string(problem.tokens) + ", the number of tokens");
+    problem.sequences = check.sequences(p.cu_seqlens, "q", problem.batch, problem.tokens);
   }
   if (any_state(p.initial)) {
     if (!p.causal)
@@ -230,12 +118,6 @@ Problem validate_inputs(const Checker& check, const Params& p) {
 }
 
 }  // namespace
-
-int64_t sequence_border(const Tensor& cu_seqlens, int64_t i) {
-  const int64_t at = i * cu_seqlens.stride[0];
-  return cu_seqlens.dtype == DType::int32 ? static_cast<const int32_t*>(cu_seqlens.data)[at]
-                                          : static_cast<const int64_t*>(cu_seqlens.data)[at];
-}
 
 void validate_threads(const char* op, int threads) {
   if (threads < 1)

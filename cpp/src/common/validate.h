@@ -20,7 +20,11 @@ Problem validate(const StateMerge& params);
 void validate_threads(const char* op, int threads);
 
 // Element i of a validated cu_seqlens.
-int64_t sequence_border(const Tensor& cu_seqlens, int64_t i);
+inline int64_t sequence_border(const Tensor& cu_seqlens, int64_t i) {
+  const int64_t at = i * cu_seqlens.stride[0];
+  return cu_seqlens.dtype == DType::int32 ? static_cast<const int32_t*>(cu_seqlens.data)[at]
+                                          : static_cast<const int64_t*>(cu_seqlens.data)[at];
+}
 
 inline bool present(const Tensor& tensor) { return tensor.data != nullptr || tensor.rank != 0; }
 
