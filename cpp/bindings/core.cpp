@@ -2,30 +2,13 @@
 // latte_ext._core: one call per function of latte.h, on the memory of torch tensors.
 #include <pybind11/pybind11.h>
 
-#include <memory>
-#include <new>
-
+#include "call.h"
 #include "latte/latte.h"
+#include "mixers.h"
 #include "tensor.h"
 
 namespace latte::python {
 namespace {
-
-struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
-template <class Params>
-void call(void (*run)(const Params&, void*, int), const Params& params, int threads) {
-  // Enough for one token, whose kernel takes little longer than an allocation.
-  alignas(64) char small[8192];
-  const auto bytes = static_cast<size_t>(workspace_bytes(params, threads));
-  std::unique_ptr<char, AlignedDelete> large;
-  if (bytes > sizeof small)
-    large.reset(static_cast<char*>(::operator new[](bytes, std::align_val_t{64})));
-  const py::gil_scoped_release release;
-  run(params, large ? large.get() : small, threads);
-}
 
 State state(const py::object& max, const py::object& norm, const py::object& mean,
             bool read = true) {
@@ -192,6 +175,7 @@ PYBIND11_MODULE(_core, m) {
         py::arg("max"), py::arg("norm"), py::arg("mean"), py::arg("scale"), py::arg("threads"),
         "Updates the state in place and returns y; None, and nothing written, unless every "
         "argument is a plain CPU tensor and they fit together.");
+  define_mixers(m);
   m.def("version", &latte::version, "Version of the core.");
   m.def("cpu_isa", &latte::cpu_isa, "Instruction set of the CPU kernels in use.");
   m.def("fma_rate", &latte::fma_rate, py::arg("threads"), py::arg("seconds"),

@@ -6,10 +6,12 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+import torch
 from torch import Tensor
 
+from . import _core, _mixer_ops
 from . import _reference_mixers as reference
-from ._checks import check_backend, check_flags, check_rank, check_tensors
+from ._checks import check_backend, check_flags, check_tensors
 
 Backend = Literal["cpu", "cuda", "reference"]
 
@@ -68,8 +70,14 @@ def linear_recurrence(
     check_tensors(op, {"a": a, "b": b}, h0=h0, cu_seqlens=cu_seqlens)
     check_flags(op, reverse=reverse)
     check_backend(op, "a", a, backend)
-    check_rank(op, 3, a=a, b=b)
-    h, final = reference.linear_recurrence(a, b, h0=h0, cu_seqlens=cu_seqlens, reverse=reverse)
+    if backend == "reference":
+        # Held to the contract of the core, by the core's own checks, which a tracer cannot enter.
+        if not torch.compiler.is_compiling():
+            borders = None if cu_seqlens is None else cu_seqlens.cpu()
+            _core.linear_recurrence_check(a, b, borders, h0)
+        h, final = reference.linear_recurrence(a, b, h0=h0, cu_seqlens=cu_seqlens, reverse=reverse)
+    else:
+        h, final = _mixer_ops.linear_recurrence(a, b, cu_seqlens, h0, reverse)
     return (h, final) if return_state else h
 
 
@@ -154,11 +162,18 @@ def rg_lru(
     )  # fmt: skip
     check_flags(op, reverse=reverse)
     check_backend(op, "x", x, backend)
-    check_rank(op, 3, x=x, gate_a=gate_a, gate_x=gate_x)
-    h, final = reference.rg_lru(
-        x, gate_a, gate_x, log_lambda, h0=h0, fresh=fresh, key_mask=key_mask,
-        cu_seqlens=cu_seqlens, reverse=reverse,
-    )  # fmt: skip
+    if backend == "reference":
+        if not torch.compiler.is_compiling():
+            borders = None if cu_seqlens is None else cu_seqlens.cpu()
+            _core.rg_lru_check(x, gate_a, gate_x, log_lambda, key_mask, borders, h0, fresh)
+        h, final = reference.rg_lru(
+            x, gate_a, gate_x, log_lambda, h0=h0, fresh=fresh, key_mask=key_mask,
+            cu_seqlens=cu_seqlens, reverse=reverse,
+        )  # fmt: skip
+    else:
+        h, final = _mixer_ops.rg_lru(
+            x, gate_a, gate_x, log_lambda, key_mask, cu_seqlens, h0, fresh, reverse
+        )
     return (h, final) if return_state else h
 
 
@@ -191,9 +206,6 @@ def rg_lru_step(
         {"x": x, "gate_a": gate_a, "gate_x": gate_x, "log_lambda": log_lambda, "state": state},
         fresh=fresh,
     )
-    check_rank(op, 2, x=x, gate_a=gate_a, gate_x=gate_x, state=state)
-    h, final = reference.rg_lru(
-        x.unsqueeze(1), gate_a.unsqueeze(1), gate_x.unsqueeze(1), log_lambda, h0=state, fresh=fresh
+    return _mixer_ops.rg_lru_step(  # type: ignore[no-any-return]
+        x, gate_a, gate_x, log_lambda, state, fresh
     )
-    state.copy_(final)
-    return h.squeeze(1)

@@ -79,6 +79,77 @@ struct StateMerge {
   State a, b, out;
 };
 
+// h[t] = a[t] h[t-1] + b[t], channel by channel; C channels.
+struct LinearRecurrenceForward {
+  Tensor a, b;        // (B,T,C)
+  Tensor cu_seqlens;  // optional, as above
+  Tensor initial;  // optional (N,C), h before the first token; float64 if a and b are, or float32
+  Tensor h;        // (B,T,C) in b's type, or in that of `initial`
+  Tensor final;    // optional (N,C), the last h; must not overlap `initial`
+  bool reverse = false;  // from the last token to the first: h[t] = a[t] h[t+1] + b[t]
+};
+
+struct LinearRecurrenceBackward {
+  Tensor a, cu_seqlens, initial;  // as in the forward call
+  Tensor h;                       // its output, any floating-point type
+  Tensor dh;                      // (B,T,C)
+  Tensor d_final;                 // optional (N,C)
+  Tensor da, db;                  // (B,T,C) in the types of a and dh
+  Tensor d_initial;               // optional (N,C), also without `initial`
+  bool reverse = false;
+};
+
+// The real-gated linear recurrent unit (Griffin, arXiv 2402.19427, section 2.4):
+//   r = sigmoid(gate_a)   i = sigmoid(gate_x)   log a = -8 r softplus(log_lambda)
+//   y[t] = a[t] y[t-1] + sqrt(1 - a[t]^2) i[t] x[t]
+// The square root is 1 at the first token of a sequence; its derivative is at most 1000.
+struct RgLruForward {
+  Tensor x, gate_a, gate_x;  // (B,T,C)
+  Tensor log_lambda;         // (C,)
+  Tensor key_mask;           // optional (B,T) boolean, false = the token is absent: y stays
+  Tensor cu_seqlens;         // optional, as above
+  Tensor initial;            // optional (N,C), y before the first token: the sequence goes on
+  Tensor fresh;              // optional (N,) boolean with `initial`, true: the sequence starts here
+  Tensor y;                  // (B,T,C) in x's type, or in that of `initial`
+  Tensor final;              // optional (N,C), the last y; `initial` itself if T == 1
+  bool reverse = false;
+};
+
+struct RgLruBackward {
+  Tensor x, gate_a, gate_x, log_lambda, key_mask, cu_seqlens, initial, fresh;  // as above
+  Tensor y;                       // the forward call's output, any floating-point type
+  Tensor dy;                      // (B,T,C)
+  Tensor d_final;                 // optional (N,C)
+  Tensor dx, d_gate_a, d_gate_x;  // (B,T,C)
+  Tensor d_log_lambda;            // (C,)
+  Tensor d_initial;               // optional (N,C), also without `initial`
+  bool reverse = false;
+};
+
+// Depthwise convolution, y[t] = bias + sum over j < K of weight[:, j] x[t - left + j] with left =
+// K - 1 if causal, else (K - 1) / 2. Inputs outside of the sequence count as zero.
+struct ShortConvForward {
+  Tensor x;           // (B,T,C)
+  Tensor weight;      // (C,K), 1 <= K <= 8
+  Tensor bias;        // optional (C,)
+  Tensor cu_seqlens;  // optional, as above
+  Tensor initial;     // optional (N,K-1,C) in x's type, causal only: the inputs before the first
+  Tensor y;           // (B,T,C)
+  Tensor final;       // optional (N,K-1,C), causal only: the last K - 1 inputs, oldest first;
+                      // `initial` itself if T == 1
+  bool causal = true;
+};
+
+struct ShortConvBackward {
+  Tensor x, weight, cu_seqlens, initial;  // as above
+  Tensor dy;                              // (B,T,C)
+  Tensor d_final;                         // optional (N,K-1,C)
+  Tensor dx, d_weight;                    // shapes of x and weight
+  Tensor d_bias;                          // optional (C,)
+  Tensor d_initial;                       // optional (N,K-1,C), also without `initial`
+  bool causal = true;
+};
+
 class LATTE_EXPORT Error : public std::runtime_error {
  public:
   enum class Kind { value, type, runtime };
@@ -91,6 +162,12 @@ class LATTE_EXPORT Error : public std::runtime_error {
 LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionForward& params, int threads);
 LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionBackward& params, int threads);
 LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionStep& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const LinearRecurrenceForward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const LinearRecurrenceBackward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const RgLruForward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const RgLruBackward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const ShortConvForward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const ShortConvBackward& params, int threads);
 
 // `workspace` holds at least workspace_bytes(params, threads) bytes. threads >= 1.
 LATTE_EXPORT void latent_attention_forward(const LatentAttentionForward& params, void* workspace,
@@ -99,6 +176,15 @@ LATTE_EXPORT void latent_attention_backward(const LatentAttentionBackward& param
                                             int threads);
 LATTE_EXPORT void latent_attention_step(const LatentAttentionStep& params, void* workspace,
                                         int threads);
+LATTE_EXPORT void linear_recurrence_forward(const LinearRecurrenceForward& params, void* workspace,
+                                            int threads);
+LATTE_EXPORT void linear_recurrence_backward(const LinearRecurrenceBackward& params,
+                                             void* workspace, int threads);
+LATTE_EXPORT void rg_lru_forward(const RgLruForward& params, void* workspace, int threads);
+LATTE_EXPORT void rg_lru_backward(const RgLruBackward& params, void* workspace, int threads);
+LATTE_EXPORT void short_conv_forward(const ShortConvForward& params, void* workspace, int threads);
+LATTE_EXPORT void short_conv_backward(const ShortConvBackward& params, void* workspace,
+                                      int threads);
 LATTE_EXPORT void state_merge(const StateMerge& params);
 
 LATTE_EXPORT const char* version();

@@ -58,4 +58,35 @@ constexpr int64_t reverse_cut(int64_t i, int64_t n, int64_t tokens) {
 // Bidirectional segments are equal: n of them.
 constexpr int64_t even_cut(int64_t i, int64_t n, int64_t tokens) { return cut_at(tokens, i, n); }
 
+// Recurrences and convolutions move memory: rows of a block of channels, as long as its carries and
+// tiles stay in the first- and second-level cache. Long rows keep the prefetchers in step.
+inline constexpr int64_t kBlockChannels = 512;
+// A block narrower than this wastes most of a prefetched page.
+inline constexpr int64_t kMinBlockChannels = 64;
+// Rows that are converted to the compute type at once, where they cannot be used in place.
+inline constexpr int64_t kTileRows = 8;
+
+// Blocks of channels: few and wide, but enough for `threads` if `rows_of_blocks` of them exist.
+constexpr int64_t channel_blocks(int64_t channels, int64_t rows_of_blocks, int threads) {
+  const int64_t fewest = (channels + kBlockChannels - 1) / kBlockChannels;
+  if (rows_of_blocks < 1) return fewest;
+  const int64_t wanted = (threads + rows_of_blocks - 1) / rows_of_blocks;
+  const int64_t most = channels / kMinBlockChannels;
+  const int64_t more = wanted < most ? wanted : most;
+  return more > fewest ? more : fewest;
+}
+
+// A convolution has no carry: a sequence is cut into up to this many tasks over all of them, a
+// number that does not depend on the threads, so that neither do the sums for the gradient of the
+// weights.
+inline constexpr int64_t kConvTasks = 64, kConvMinTokens = 256;
+constexpr int64_t conv_segments(int64_t tokens, int64_t groups) {
+  const int64_t most = groups < kConvTasks ? kConvTasks / (groups < 1 ? 1 : groups) : 1;
+  const int64_t wanted = tokens / kConvMinTokens;
+  return wanted < 1 ? 1 : wanted < most ? wanted : most;
+}
+
+// Outputs of this many bytes go past the caches.
+inline constexpr int64_t kStreamBytes = int64_t{1} << 25;
+
 }  // namespace latte::cpu

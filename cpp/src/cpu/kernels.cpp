@@ -5,6 +5,8 @@
 #include "cpu/bidirectional.h"
 #include "cpu/causal.h"
 #include "cpu/peak.h"
+#include "cpu/recurrence.h"
+#include "cpu/short_conv.h"
 #include "cpu/step.h"
 
 namespace latte::LATTE_ISA {
@@ -117,6 +119,25 @@ const cpu::KernelTable& table() {
         is_double ? run<double>(kernel, task, memory) : run<float>(kernel, task, memory);
       },
       fma_flops,
+      [](Recurrence kernel, bool is_double, int64_t channels) {
+        return is_double ? recurrence_bytes<double>(kernel, channels)
+                         : recurrence_bytes<float>(kernel, channels);
+      },
+      [](Recurrence kernel, bool is_double, const RecurrenceTask& task, void* memory) {
+        const FlushSubnormals flush;
+        is_double ? run_recurrence<double>(kernel, task, memory)
+                  : run_recurrence<float>(kernel, task, memory);
+        if (task.stream) stream_fence();
+      },
+      [](bool is_double, int64_t channels) {
+        return is_double ? convolution_bytes<double>(channels) : convolution_bytes<float>(channels);
+      },
+      [](Convolution kernel, bool is_double, const ConvolutionTask& task, void* memory) {
+        const FlushSubnormals flush;
+        is_double ? run_convolution<double>(kernel, task, memory)
+                  : run_convolution<float>(kernel, task, memory);
+        if (task.stream) stream_fence();
+      },
   };
   return kTable;
 }

@@ -61,6 +61,12 @@ enum class Kernel : int32_t {
   step,
 };
 
+// Recurrences and convolutions: mixers.h.
+enum class Recurrence : int32_t;
+enum class Convolution : int32_t;
+struct RecurrenceTask;
+struct ConvolutionTask;
+
 struct KernelTable {
   const char* isa;
   // Bytes of 64-byte aligned scratch that run() needs for the task; reads no tensor.
@@ -70,6 +76,13 @@ struct KernelTable {
   void (*run)(Kernel kernel, bool is_double, const HeadTask& task, void* workspace);
   // Does so many rounds of float32 multiply-adds in registers; returns the operations done.
   double (*fma_flops)(int64_t iterations);
+  // The same for a block of channels.
+  int64_t (*recurrence_bytes)(Recurrence kernel, bool is_double, int64_t channels);
+  void (*recurrence)(Recurrence kernel, bool is_double, const RecurrenceTask& task,
+                     void* workspace);
+  int64_t (*convolution_bytes)(bool is_double, int64_t channels);
+  void (*convolution)(Convolution kernel, bool is_double, const ConvolutionTask& task,
+                      void* workspace);
 };
 
 // The table in use, chosen on the first call.

@@ -315,6 +315,87 @@ LATTE_INLINE T exp_scalar(T x) {
   return exp(splat(x))[0];
 }
 
+// exp(x) - 1 for x <= 0, and exp(x) in `e`, each with a small relative error of its own: both come
+// from exp(x) = 2^n (1 + f (log(2) + ..)), of which Taylor's polynomial of degree 6 is
+// within 1.2e-7 for |f| <= 1/2. exp(-inf) == 0 exactly; NaN passes.
+LATTE_INLINE VecF expm1(VecF x, VecF& e) {
+  using VecI = VectorOf<float>::integer;
+  const VecF bounded = max(splat(-87.0f), x);
+  // As in exp(): n + 127 in the low bits of z.
+  const VecF magic = splat(12583039.0f);
+  const VecF z = bounded * 1.44269504088896341f + magic;
+  const VecF n = z - magic;
+  const VecF f = ((bounded - n * 0.693359375f) - n * -2.12194440e-4f) * 1.44269504088896341f;
+  VecF p = 1.540353039e-04f * f + 1.333355815e-03f;
+  p = p * f + 9.618129108e-03f;
+  p = p * f + 5.550410866e-02f;
+  p = p * f + 2.402265070e-01f;
+  p = p * f + 6.931471806e-01f;
+  const VecF scale = (VecF)((VecI)z << 23), fraction = scale * (p * f);
+  e = (VecF)((VecI)(scale + fraction) & ~(VecI)(x < -87.0f));
+  return fraction + (scale - 1.0f);
+}
+LATTE_INLINE VecD expm1(VecD x, VecD& e) {
+  for (int64_t i = 0; i < kLanes<double>; ++i) {
+    e[i] = __builtin_exp(x[i]);
+    x[i] = __builtin_expm1(x[i]);
+  }
+  return x;
+}
+
+// sigmoid(x), and sigmoid(-x) in `rest`, which 1 - sigmoid(x) would round away.
+template <class T>
+LATTE_INLINE Vec<T> sigmoid(Vec<T> x, Vec<T>& rest) {
+  // exp(87) is still finite in float32.
+  const Vec<T> e = exp(-max(splat(T(sizeof(T) == 4 ? -87 : -700)), x));
+  const Vec<T> value = reciprocal(1 + e);
+  rest = e * value;
+  return value;
+}
+
+#if LATTE_VECTOR_BYTES == 64
+LATTE_INLINE VecF sqrt(VecF x) { return (VecF)_mm512_sqrt_ps((__m512)x); }
+LATTE_INLINE VecD sqrt(VecD x) { return (VecD)_mm512_sqrt_pd((__m512d)x); }
+#elif LATTE_VECTOR_BYTES == 32
+LATTE_INLINE VecF sqrt(VecF x) { return (VecF)_mm256_sqrt_ps((__m256)x); }
+LATTE_INLINE VecD sqrt(VecD x) { return (VecD)_mm256_sqrt_pd((__m256d)x); }
+#elif defined(__SSE2__)
+LATTE_INLINE VecF sqrt(VecF x) { return (VecF)_mm_sqrt_ps((__m128)x); }
+LATTE_INLINE VecD sqrt(VecD x) { return (VecD)_mm_sqrt_pd((__m128d)x); }
+#elif defined(__aarch64__)
+LATTE_INLINE VecF sqrt(VecF x) { return (VecF)vsqrtq_f32((float32x4_t)x); }
+LATTE_INLINE VecD sqrt(VecD x) { return (VecD)vsqrtq_f64((float64x2_t)x); }
+#else
+template <class V>
+LATTE_INLINE V sqrt(V x) {
+  for (uint64_t i = 0; i < sizeof(V) / sizeof(x[0]); ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+}
+#endif
+
+// Stores past the caches, for what nobody reads soon: a plain store first reads the memory that it
+// is about to overwrite. p is aligned to a vector. stream_fence() orders them before later stores.
+#if LATTE_VECTOR_BYTES == 64
+LATTE_INLINE void stream(float* p, VecF x) { _mm512_stream_ps(p, (__m512)x); }
+LATTE_INLINE void stream(double* p, VecD x) { _mm512_stream_pd(p, (__m512d)x); }
+#elif LATTE_VECTOR_BYTES == 32
+LATTE_INLINE void stream(float* p, VecF x) { _mm256_stream_ps(p, (__m256)x); }
+LATTE_INLINE void stream(double* p, VecD x) { _mm256_stream_pd(p, (__m256d)x); }
+#elif defined(__SSE2__)
+LATTE_INLINE void stream(float* p, VecF x) { _mm_stream_ps(p, (__m128)x); }
+LATTE_INLINE void stream(double* p, VecD x) { _mm_stream_pd(p, (__m128d)x); }
+#else
+template <class T>
+LATTE_INLINE void stream(T* p, Vec<T> x) {
+  store(p, x);
+}
+#endif
+LATTE_INLINE void stream_fence() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
+
 template <int kLocality>
 LATTE_INLINE void prefetch(const void* p) {
   __builtin_prefetch(p, 0, kLocality);
