@@ -27,4 +27,7 @@ void call(void (*run)(const Params&, void*, int), const Params& params, int thre
   run(params, large ? large.get() : small, threads);
 }
 
+// Of window.cpp.
+void define_window(pybind11::module_& m);
+
 }  // namespace latte::python

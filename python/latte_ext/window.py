@@ -7,13 +7,21 @@ Notation as in `functional`, and Dk key channels per head, Hl latent heads, n si
 from __future__ import annotations
 
 import math
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from . import reference
-from .functional import Backend, _check_backend, _check_scalars, _check_tensors
+from . import _core, _window_ops, reference
+from .functional import (
+    _FLOATING,
+    Backend,
+    _check_backend,
+    _check_scalars,
+    _check_tensors,
+    latent_attention,
+    latent_attention_step,
+)
 from .state import LatentState
 from .window_cache import MacchiatoState, WindowCache, WindowSinks
 
@@ -94,16 +102,29 @@ def sliding_window_attention(
     _check_tensors(op, q=q, k=k, v=v, key_mask=key_mask, cu_seqlens=cu_seqlens)
     scale = _check_window(op, q, window, scale, causal, minimum=1)
     _check_backend(op, q, backend)
-    before = _before(op, q, k, v, window, causal, key_mask, cu_seqlens, cache, return_cache)
-    past = 0 if before is None else before.window
+    before = _before(op, q, k, v, window, causal, cu_seqlens, cache, return_cache)
     keys, values, mask = (
         (k, v, key_mask) if before is None else before.before(k, v, key_mask, cu_seqlens)
     )
-    y = reference.sliding_window_attention(
-        q, keys, values, window=window, causal=causal, scale=scale, key_mask=mask,
-        cu_seqlens=cu_seqlens, past=past, sinks=sinks,
-        start=None if before is None else before.position,
-    )  # fmt: skip
+    past = 0 if before is None else before.window
+    start = None if before is None else before.position
+    if sinks is not None:
+        _check_sinks(op, q, k, v, cu_seqlens, sinks)
+    if backend == "reference":
+        _core_check(q, keys, values, mask, cu_seqlens, window, past, causal, scale)
+        y = reference.sliding_window_attention(
+            q, keys, values, window=window, causal=causal, scale=scale, key_mask=mask,
+            cu_seqlens=cu_seqlens, past=past, sinks=sinks, start=start,
+        )  # fmt: skip
+    elif sinks is None:
+        save = _is_differentiated(q, keys, values)
+        y = _window_ops.sliding_window_attention(
+            q, keys, values, mask, cu_seqlens, window, past, causal, scale, save
+        )[0]
+    else:
+        y = _with_sinks(
+            q, keys, values, mask, cu_seqlens, window, past, causal, scale, sinks, start
+        ).to(v.dtype)
     if not return_cache:
         return y
     assert before is not None
@@ -137,15 +158,9 @@ def sliding_window_attention_step(
     _check_tensors(op, q=q, k=k, v=v)
     scale = _check_window(op, q, 1, scale, True, minimum=1)
     _check_cache(op, q, cache)
-    if sinks is not None:
-        sinks = sinks._replace(q=sinks.q.unsqueeze(2))
-    y, after = sliding_window_attention(
-        q.unsqueeze(2), k.unsqueeze(2), v.unsqueeze(2), window=cache.window, scale=scale,
-        cache=cache, return_cache=True, sinks=sinks,
-    )  # fmt: skip
-    for tensor, new in zip(cache, after, strict=True):
-        tensor.copy_(new)
-    return y.squeeze(2)
+    return _window_ops.sliding_window_attention_step(  # type: ignore[no-any-return]
+        q, k, v, *cache.tensors(), *_sink_tensors(op, q, sinks), scale
+    )
 
 
 @overload
@@ -232,33 +247,75 @@ def macchiato_attention(
     """
     op = "macchiato_attention"
     _check_tensors(op, q=q, k=k, v=v, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    _check_latents(op, q, k, q_latent, k_latent)
     scale = _check_window(op, q, window, scale, causal, minimum=0)
+    _check_scalars(op, latent_scale)
     _check_backend(op, q, backend)
-    latents = k_latent.shape[3]
-    cache = None if state is None else state.window
-    if state is not None and (state.window is None) != (window == 0):
-        raise ValueError(f"[{op}] state.window does not fit window={window}")
-    before = None
-    if window:
-        before = _before(op, q, k, v, window, causal, key_mask, cu_seqlens, cache, return_state)
-    past = 0 if before is None else before.window
+    cache = latent = None
+    if state is not None:
+        cache, latent = _check_state(op, q, window, k_latent.shape[3], state)
+    if sinks is not None:
+        _check_sinks(op, q, k, v, cu_seqlens, sinks)
+    if window == 0:
+        if sinks is not None:
+            raise ValueError(f"[{op}] got sinks with window=0, expected a window")
+        k_latent, v_latent = _match_heads(k_latent, v, 1)
+        result = latent_attention(
+            q_latent[..., 1:], k_latent, v if v_latent is None else v_latent, causal=causal,
+            scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=latent,
+            return_state=True, backend=backend,
+        )  # fmt: skip
+        return (result[0], MacchiatoState(result[1], None)) if return_state else result[0]
+
+    before = _before(op, q, k, v, window, causal, cu_seqlens, cache, return_state)
     keys, values, mask = (
         (k, v, key_mask) if before is None else before.before(k, v, key_mask, cu_seqlens)
     )
-    latent = None if state is None or state.latent is None else state.latent.tensors()
-    y, final = reference.macchiato_attention(
-        q_latent, k_latent, q, k, v, window=window, causal=causal, scale=scale,
-        latent_scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=latent,
-        past=past, past_k=keys, past_v=values, past_mask=mask, sinks=sinks,
-        start=None if before is None else before.position,
-    )  # fmt: skip
+    past = 0 if before is None else before.window
+    start = None if before is None else before.position
+    triple = (None, None, None) if latent is None else latent.tensors()
+    if backend == "reference":
+        _core_check(q, keys, values, mask, cu_seqlens, window, past, causal, scale)
+        y, final = reference.macchiato_attention(
+            q_latent, k_latent, q, k, v, window=window, causal=causal, scale=scale,
+            latent_scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
+            state=None if latent is None else latent.tensors(), past=past, past_k=keys,
+            past_v=values, past_mask=mask, sinks=sinks, start=start,
+        )  # fmt: skip
+    else:
+        # Logits unrounded, so that their gradient is rounded once.
+        q_latent = q_latent.to(_window_ops.compute_dtype(q, k, v))
+        k_latent, v_latent = _match_heads(k_latent, v, 1)
+        if v_latent is None and before is not None:
+            v_latent = v
+        if sinks is None:
+            save = _is_differentiated(q_latent, k_latent, q, keys, values, *triple)
+            y, _, _, _, *final = _window_ops.macchiato_attention(
+                q_latent, k_latent, v_latent, q, keys, values, key_mask, mask, cu_seqlens,
+                *triple, window, past, causal, scale, float(latent_scale), save,
+            )  # fmt: skip
+        else:
+            local = _with_sinks(
+                q, keys, values, mask, cu_seqlens, window, past, causal, scale, sinks, start
+            )
+            p = reference._softmax(q_latent * latent_scale, dim=-1)
+            y = p[..., :1] * local
+            if k_latent.shape[3]:
+                latents, state_after = latent_attention(
+                    q_latent[..., 1:], k_latent,
+                    (v if v_latent is None else v_latent).to(local.dtype), causal=causal,
+                    scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=latent,
+                    return_state=True,
+                )  # fmt: skip
+                y = y + p[..., 1:].sum(-1, keepdim=True) * latents
+                final = state_after.tensors()
+            y = y.to(v.dtype)
     if not return_state:
         return y
-    after = None
-    if before is not None:
-        assert mask is not None
-        after = before.after(keys, values, mask, cu_seqlens)
-    return y, MacchiatoState(LatentState(*final) if latents else None, after)
+    assert before is not None
+    assert mask is not None
+    after = before.after(keys, values, mask, cu_seqlens)
+    return y, MacchiatoState(LatentState(*final) if k_latent.shape[3] else None, after)
 
 
 def macchiato_attention_step(
@@ -286,20 +343,106 @@ def macchiato_attention_step(
     Returns:
         y (N,H,D) in v's dtype.
     """
-    if sinks is not None:
-        sinks = sinks._replace(q=sinks.q.unsqueeze(2))
-    rows = (x.unsqueeze(2) for x in (q_latent, k_latent, q, k, v))
+    op = "macchiato_attention_step"
+    _check_tensors(op, q=q, k=k, v=v)
+    _check_latents(op, q, k, q_latent, k_latent)
+    scale = _check_window(op, q, 1, scale, True, minimum=1)
+    _check_scalars(op, latent_scale)
+    if not isinstance(state, MacchiatoState):
+        raise TypeError(f"[{op}] state is a {type(state).__name__}, expected a MacchiatoState")
     window = 0 if state.window is None else state.window.window
-    y, after = macchiato_attention(
-        *rows, window=window, scale=scale, latent_scale=latent_scale, state=state,
-        return_state=True, sinks=sinks,
+    cache, latent = _check_state(op, q, window, k_latent.shape[2], state)
+    k_latent, v_latent = _match_heads(k_latent, v, 1)
+    if cache is None:
+        assert latent is not None
+        v_latent = v if v_latent is None else v_latent
+        return latent_attention_step(
+            q_latent[..., 1:], k_latent, v_latent, latent, scale=latent_scale
+        )
+    sink_tensors = _sink_tensors(op, q, sinks)
+    triple = (None, None, None) if latent is None else latent.tensors()
+    y: Tensor = _window_ops.macchiato_attention_step(
+        q_latent.to(_window_ops.compute_dtype(q, k, v)), k_latent, v_latent, q, k, v, *triple,
+        *cache.tensors(), *sink_tensors, scale, float(latent_scale),
     )  # fmt: skip
-    for part, new in zip(state, after, strict=True):
-        if part is not None:
-            assert new is not None
-            for tensor, updated in zip(part, new, strict=True):
-                tensor.copy_(updated)
-    return y.squeeze(2)
+    return y
+
+
+def _with_sinks(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int,
+    past: int,
+    causal: bool,
+    scale: float,
+    sinks: WindowSinks,
+    start: Tensor | None,
+) -> Tensor:
+    """Window and sinks under one softmax, in the compute type.
+
+    The window enters as one more key, whose logit is the log of its sum of exponentials.
+    """
+    dtype = _window_ops.compute_dtype(q, k, v)
+    save = _is_differentiated(q, k, v, sinks.q, sinks.k, sinks.v)
+    local: Tensor
+    local, log_sum, _ = _window_ops.sliding_window_attention(
+        q, k, v.to(dtype), key_mask, cu_seqlens, window, past, causal, scale, save
+    )
+    tokens, group = q.shape[2], q.shape[1] // k.shape[1]
+    at = torch.arange(tokens, device=q.device)[None]
+    q_sink, k_sink, v_sink = (x.to(dtype) for x in sinks[:3])
+    k_sink = k_sink.repeat_interleave(group, dim=1)
+    v_sink = v_sink.repeat_interleave(group, dim=1)
+    if cu_seqlens is not None:
+        borders = cu_seqlens.to(torch.int64)
+        sequence = torch.searchsorted(borders[1:], at[0], right=True)
+        at = at - borders[sequence]
+        # (N,H,n,.) of a token's own sequence.
+        k_token = k_sink.transpose(0, 1)[:, sequence]
+        logits = torch.einsum("htc,htnc->htn", q_sink[0], k_token)[None]
+    else:
+        logits = q_sink @ k_sink.transpose(2, 3)
+    logits = logits * scale
+    if sinks.position is not None:
+        position = sinks.position if cu_seqlens is None else sinks.position[sequence][None]
+        if start is not None:
+            at = at + (start[:, None] if cu_seqlens is None else start[sequence])
+        distance = at[:, :, None] - (position[:, None] if cu_seqlens is None else position)
+        outside = distance >= window if causal else distance.abs() >= window
+        logits = torch.where(outside[:, None], logits, -torch.inf)
+    p = reference._softmax(torch.cat([log_sum[..., None], logits], dim=-1), dim=-1)
+    if cu_seqlens is None:
+        y: Tensor = p[..., 1:] @ v_sink
+    else:
+        y = torch.einsum("htn,htnd->htd", p[0, ..., 1:], v_sink.transpose(0, 1)[:, sequence])[None]
+    return p[..., :1] * local + y
+
+
+def _is_differentiated(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+def _match_heads(k_latent: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
+    """k_latent and v with as many heads; None for a v that has them already."""
+    heads = math.lcm(k_latent.shape[dim], v.shape[dim])
+    if k_latent.shape[dim] == 1:
+        k_latent = k_latent.expand(*k_latent.shape[:dim], heads, *k_latent.shape[dim + 1 :])
+    elif k_latent.shape[dim] != heads:
+        k_latent = k_latent.repeat_interleave(heads // k_latent.shape[dim], dim=dim)
+    if v.shape[dim] == heads:
+        return k_latent, None
+    return k_latent, v.repeat_interleave(heads // v.shape[dim], dim=dim)
+
+
+def _core_check(*args: Any) -> None:
+    """The core's own checks, which a tracer cannot enter."""
+    if not torch.compiler.is_compiling():
+        q, k, v, key_mask, cu_seqlens, *scalars = args
+        borders = None if cu_seqlens is None else cu_seqlens.cpu()
+        _core.sliding_window_check(q, k, v, key_mask, borders, *scalars)
 
 
 def _check_window(
@@ -323,6 +466,110 @@ def _check_cache(op: str, q: Tensor, cache: WindowCache) -> None:
         raise RuntimeError(f"[{op}] cache is on {cache.device}, expected {q.device} as q")
 
 
+def _check_latents(op: str, q: Tensor, k: Tensor, q_latent: Tensor, k_latent: Tensor) -> None:
+    for name, tensor in (("q_latent", q_latent), ("k_latent", k_latent)):
+        _check_named(op, q, name, tensor)
+        if tensor.dim() != q.dim():
+            raise ValueError(
+                f"[{op}] {name} has shape {tuple(tensor.shape)}, expected {q.dim()} dimensions"
+            )
+    # Without the heads: those have a rule of their own.
+    tokens = tuple(q.shape[2:-1])
+    expected: tuple[int | str, ...] = (q.shape[0], q.shape[1], *tokens, 1 + k_latent.shape[-1])
+    if tuple(q_latent.shape) != expected:
+        raise ValueError(
+            f"[{op}] q_latent has shape {tuple(q_latent.shape)}, expected {expected}: "
+            "one column more than k_latent"
+        )
+    heads = k_latent.shape[1]
+    expected = (q.shape[0], "Hl", *tokens, k_latent.shape[-1])
+    if (k_latent.shape[0], *k_latent.shape[2:-1]) != (q.shape[0], *tokens):
+        raise ValueError(
+            f"[{op}] k_latent has shape {tuple(k_latent.shape)}, expected {expected} as q"
+        )
+    for name, count in (("k_latent", heads), ("k", k.shape[1] if k.dim() > 1 else 1)):
+        if count < 1 or q.shape[1] % count:
+            raise ValueError(
+                f"[{op}] q has {q.shape[1]} heads, expected a multiple of the {count} heads "
+                f"of {name}"
+            )
+
+
+def _check_named(op: str, q: Tensor, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"[{op}] {name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    if tensor.device != q.device:
+        raise RuntimeError(f"[{op}] {name} is on {tensor.device}, expected {q.device} as q")
+    if tensor.dtype not in _FLOATING or (
+        (tensor.dtype == torch.float64) != (q.dtype == torch.float64)
+    ):
+        raise TypeError(
+            f"[{op}] {name} has dtype {tensor.dtype}, expected "
+            + ("float64 as q" if q.dtype == torch.float64 else "float32, bfloat16 or float16")
+        )
+
+
+def _check_state(
+    op: str, q: Tensor, window: int, latents: int, state: MacchiatoState
+) -> tuple[WindowCache | None, LatentState | None]:
+    if not isinstance(state, MacchiatoState):
+        raise TypeError(f"[{op}] state is a {type(state).__name__}, expected a MacchiatoState")
+    for name, part, kind, needed in (
+        ("latent", state.latent, LatentState, latents > 0),
+        ("window", state.window, WindowCache, window > 0),
+    ):
+        if not isinstance(part, kind if needed else type(None)):
+            raise TypeError(
+                f"[{op}] state.{name} is a {type(part).__name__}, expected "
+                f"{'a ' + kind.__name__ if needed else 'None'} with {latents} latents and "
+                f"window={window}"
+            )
+    if state.latent is not None and state.latent.device != q.device:
+        raise RuntimeError(f"[{op}] state is on {state.latent.device}, expected {q.device} as q")
+    if state.window is not None:
+        _check_cache(op, q, state.window)
+    return state.window, state.latent
+
+
+def _check_sinks(
+    op: str, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, sinks: WindowSinks
+) -> None:
+    _sink_tensors(op, q, sinks)
+    for name, tensor in zip(("k", "v"), sinks[1:3], strict=True):
+        if tensor.dim() != 4:
+            raise ValueError(
+                f"[{op}] sinks.{name} has shape {tuple(tensor.shape)}, expected 4 dimensions"
+            )
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    n = sinks.k.shape[2]
+    shapes: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
+        ("q", sinks.q, tuple(q.shape)),
+        ("k", sinks.k, (sequences, k.shape[1], n, k.shape[3])),
+        ("v", sinks.v, (sequences, v.shape[1], n, v.shape[3])),
+        ("position", sinks.position, (sequences, n)),
+    )
+    for name, given, expected in shapes:
+        if given is not None and tuple(given.shape) != expected:
+            raise ValueError(
+                f"[{op}] sinks.{name} has shape {tuple(given.shape)}, expected {expected}"
+            )
+
+
+def _sink_tensors(
+    op: str, q: Tensor, sinks: WindowSinks | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    if sinks is None:
+        return (None, None, None, None)
+    if not isinstance(sinks, WindowSinks):
+        raise TypeError(f"[{op}] sinks is a {type(sinks).__name__}, expected WindowSinks")
+    for name, tensor in zip(("q", "k", "v"), sinks, strict=False):
+        _check_named(op, q, f"sinks.{name}", tensor)  # type: ignore[arg-type]
+    position = sinks.position
+    if position is not None and position.dtype != torch.int64:
+        raise TypeError(f"[{op}] sinks.position has dtype {position.dtype}, expected torch.int64")
+    return sinks.q, sinks.k, sinks.v, position
+
+
 def _before(
     op: str,
     q: Tensor,
@@ -330,7 +577,6 @@ def _before(
     v: Tensor,
     window: int,
     causal: bool,
-    key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
     cache: WindowCache | None,
     return_cache: bool,

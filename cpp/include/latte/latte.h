@@ -3,7 +3,7 @@
 //
 // Notation, used in every file: B batch, T tokens, H query heads, Hk key/value heads (H a multiple
 // of Hk), L latents per head, D value channels per head, N sequences (B, or len(cu_seqlens) - 1
-// when sequences are packed).
+// when sequences are packed). Of windows: Dk key channels per head, S keys, W slots of a ring.
 //
 // The library knows no torch and no Python and allocates nothing: tensors, states and workspace
 // belong to the caller. Every function checks its arguments once and throws latte::Error.
@@ -150,6 +150,81 @@ struct ShortConvBackward {
   bool causal = true;
 };
 
+// Softmax attention of query t, which stands at key past + t of its sequence, to the keys closer
+// than `window`: p - window < s <= p, or |p - s| < window. A query that sees no key gives 0.
+struct SlidingWindowForward {
+  Tensor q;           // (B,H,T,Dk)
+  Tensor k;           // (B,Hk,S,Dk), S = past + T; packed: N past + T, each past before its tokens
+  Tensor v;           // (B,Hk,S,D)
+  Tensor key_mask;    // optional (B,S) boolean, false = no query sees the key
+  Tensor cu_seqlens;  // optional (N+1,), B == 1: ranges of the queries of N packed sequences
+  Tensor y;           // (B,H,T,D)
+  Tensor log_sum;     // optional (B,H,T) compute type: log of the sum of exp over the keys seen
+  Tensor wide;        // optional (B,H,T,D) compute type: y unrounded
+  int64_t window = 1, past = 0;
+  bool causal = true;
+  double scale = 1.0;  // multiplies q . k
+};
+
+// Vector-Jacobian product of SlidingWindowForward, whose log_sum and unrounded y it takes.
+struct SlidingWindowBackward {
+  Tensor q, k, v, key_mask, cu_seqlens;  // as in the forward call
+  Tensor log_sum, wide;                  // from the forward call; wide is y if that is not half
+  Tensor dy;                             // (B,H,T,D)
+  Tensor d_log_sum;                      // optional (B,H,T) compute type
+  Tensor dq, dk, dv;                     // shapes of q, k, v
+  int64_t window = 1, past = 0;
+  bool causal = true;
+  double scale = 1.0;
+};
+
+// The last W keys and values of N sequences: token s of a sequence lies in slot s % W.
+struct WindowRing {
+  Tensor key;       // (N,Hk,W,Dk)
+  Tensor value;     // (N,Hk,W,D)
+  Tensor valid;     // (N,W) boolean: the slot holds a key that may be seen
+  Tensor position;  // (N,) int64: tokens so far
+};
+
+// One token per sequence with window W, ring updated in place: constant time and memory.
+struct SlidingWindowStep {
+  Tensor q;         // (N,H,Dk)
+  Tensor k;         // (N,Hk,Dk)
+  Tensor v;         // (N,Hk,D)
+  WindowRing ring;  // in and out
+  // Optional: n keys and values with queries of their own, seen by the tokens whose window does not
+  // reach back to sink_position (without it: by all).
+  Tensor q_sink, k_sink, v_sink;  // (N,H,Dk), (N,Hk,n,Dk), (N,Hk,n,D)
+  Tensor sink_position;           // (N,n) int64
+  Tensor y;                       // (N,H,D)
+  double scale = 1.0;
+};
+
+// A window and latents in one probability (Latte Macchiato): with p the softmax of q_latent,
+//   y_t = p(0|t) window_t + sum_(l>=1) p(l|t) E[v | l, s <= t].
+struct MacchiatoForward {
+  Tensor q_latent;  // (B,H,T,1+L) compute type, column 0 for the window; L may be 0
+  // k (B,Hl,T,L) and v (B,Hl,T,D) of the latents, their state, mask, `scale` of q_latent and k; q
+  // is not looked at. y (B,H,T,D) in the compute type receives the unrounded sum.
+  LatentAttentionForward latent;
+  // y receives the sum; it may be latent.y itself. `wide`: the window's part alone.
+  SlidingWindowForward window;
+};
+
+struct MacchiatoBackward {
+  Tensor q_latent;
+  Tensor y;                        // latent.y of the forward call
+  LatentAttentionBackward latent;  // dy and dq are not looked at; dk, dv of k and v
+  SlidingWindowBackward window;    // dy of the sum
+  Tensor dq_latent;
+};
+
+struct MacchiatoStep {
+  Tensor q_latent;             // (N,H,1+L) compute type
+  LatentAttentionStep latent;  // k (N,Hl,L), v (N,Hl,D), state, scale; q and y are not looked at
+  SlidingWindowStep window;
+};
+
 class LATTE_EXPORT Error : public std::runtime_error {
  public:
   enum class Kind { value, type, runtime };
@@ -168,6 +243,12 @@ LATTE_EXPORT int64_t workspace_bytes(const RgLruForward& params, int threads);
 LATTE_EXPORT int64_t workspace_bytes(const RgLruBackward& params, int threads);
 LATTE_EXPORT int64_t workspace_bytes(const ShortConvForward& params, int threads);
 LATTE_EXPORT int64_t workspace_bytes(const ShortConvBackward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowForward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowBackward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowStep& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const MacchiatoForward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const MacchiatoBackward& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const MacchiatoStep& params, int threads);
 
 // `workspace` holds at least workspace_bytes(params, threads) bytes. threads >= 1.
 LATTE_EXPORT void latent_attention_forward(const LatentAttentionForward& params, void* workspace,
@@ -186,6 +267,15 @@ LATTE_EXPORT void short_conv_forward(const ShortConvForward& params, void* works
 LATTE_EXPORT void short_conv_backward(const ShortConvBackward& params, void* workspace,
                                       int threads);
 LATTE_EXPORT void state_merge(const StateMerge& params);
+LATTE_EXPORT void sliding_window_forward(const SlidingWindowForward& params, void* workspace,
+                                         int threads);
+LATTE_EXPORT void sliding_window_backward(const SlidingWindowBackward& params, void* workspace,
+                                          int threads);
+LATTE_EXPORT void sliding_window_step(const SlidingWindowStep& params, void* workspace,
+                                      int threads);
+LATTE_EXPORT void macchiato_forward(const MacchiatoForward& params, void* workspace, int threads);
+LATTE_EXPORT void macchiato_backward(const MacchiatoBackward& params, void* workspace, int threads);
+LATTE_EXPORT void macchiato_step(const MacchiatoStep& params, void* workspace, int threads);
 
 LATTE_EXPORT const char* version();
 // The instruction set of the kernels in use: "baseline", "x86-64-v3", "x86-64-v4" or "neon".

@@ -19,9 +19,18 @@ constexpr StateNames kMergeA = {"a.max", "a.norm", "a.mean"};
 constexpr StateNames kMergeB = {"b.max", "b.norm", "b.mean"};
 constexpr StateNames kMergeOut = {"out.max", "out.norm", "out.mean"};
 
+DType compute_dtype(bool is_double) { return is_double ? DType::float64 : DType::float32; }
+
 class Checker : public BaseChecker {
  public:
   using BaseChecker::BaseChecker;
+
+  // In the dtype of what it is the gradient of, or unrounded in the compute type.
+  void gradient(const char* name, const Tensor& of, const Tensor& t, DType compute) const {
+    shape(name, t, {of.shape[0], of.shape[1], of.shape[2], of.shape[3]}, "the shape of its input");
+    dtype(name, t, {of.dtype, compute});
+    writable(name, t);
+  }
 
   // q, k and v: floating point, all float64 or none.
   bool compute_type(const Tensor& q, const Tensor& k, const Tensor& v) const {
@@ -70,6 +79,31 @@ class Checker : public BaseChecker {
     if (p.heads % p.kv_heads != 0)
       fail(Kind::value, "q has " + std::to_string(p.heads) + " heads, expected a multiple of the " +
                             std::to_string(p.kv_heads) + " heads of k");
+  }
+
+  // The number of packed sequences.
+  int64_t packed(const Tensor& cu_seqlens, int64_t batch, int64_t tokens) const {
+    dtype("cu_seqlens", cu_seqlens, {DType::int32, DType::int64});
+    rank("cu_seqlens", cu_seqlens, 1, "(sequences + 1,)");
+    memory("cu_seqlens", cu_seqlens);
+    const int64_t borders = cu_seqlens.shape[0];
+    if (batch != 1)
+      fail(Kind::value, "q has batch " + std::to_string(batch) + ", expected 1 with cu_seqlens");
+    if (borders < 1)
+      fail(Kind::value, "cu_seqlens has 0 elements, expected the number of sequences + 1");
+    int64_t previous = 0;
+    for (int64_t i = 0; i < borders; ++i) {
+      const int64_t border = sequence_border(cu_seqlens, i);
+      if (i == 0 ? border != 0 : border < previous)
+        fail(Kind::value, "cu_seqlens[" + std::to_string(i) + "] is " + std::to_string(border) +
+                              ", expected " +
+                              (i == 0 ? "0" : "at least " + std::to_string(previous)));
+      previous = border;
+    }
+    if (previous != tokens)
+      fail(Kind::value, "cu_seqlens ends at " + std::to_string(previous) + ", expected " +
+                            std::to_string(tokens) + ", the number of tokens");
+    return borders - 1;
   }
 
   void finite_scale(double scale) const {
@@ -130,7 +164,7 @@ Problem validate(const LatentAttentionForward& p) {
   const Problem problem = validate_inputs(check, p);
   check.shape("y", p.y, {problem.batch, problem.heads, problem.tokens, problem.dim},
               "(batch, heads, tokens, channels)");
-  check.dtype("y", p.y, {p.v.dtype});
+  check.dtype("y", p.y, {p.v.dtype, compute_dtype(problem.is_double)});
   check.writable("y", p.y);
   if (any_state(p.final)) check.state(kFinal, p.final, problem, Checker::Access::write);
   return problem;
@@ -141,16 +175,11 @@ Problem validate(const LatentAttentionBackward& p) {
   const Problem problem = validate_inputs(check, p);
   check.shape("dy", p.dy, {problem.batch, problem.heads, problem.tokens, problem.dim},
               "(batch, heads, tokens, channels)");
-  check.dtype("dy", p.dy, {p.v.dtype});
-  const auto gradient = [&](const char* name, const Tensor& of, const Tensor& t) {
-    check.shape(name, t, {of.shape[0], of.shape[1], of.shape[2], of.shape[3]},
-                "the shape of its input");
-    check.dtype(name, t, {of.dtype});
-    check.writable(name, t);
-  };
-  gradient("dq", p.q, p.dq);
-  gradient("dk", p.k, p.dk);
-  gradient("dv", p.v, p.dv);
+  const DType compute = compute_dtype(problem.is_double);
+  check.dtype("dy", p.dy, {p.v.dtype, compute});
+  check.gradient("dq", p.q, p.dq, compute);
+  check.gradient("dk", p.k, p.dk, compute);
+  check.gradient("dv", p.v, p.dv, compute);
   if (any_state(p.d_final)) check.state(kDFinal, p.d_final, problem, Checker::Access::read);
   if (any_state(p.d_initial)) {
     if (!any_state(p.initial))
@@ -185,6 +214,232 @@ Problem validate(const LatentAttentionStep& p) {
   check.dtype("y", p.y, {p.v.dtype});
   check.writable("y", p.y);
   check.state(kState, p.state, problem, Checker::Access::write);
+  return problem;
+}
+
+namespace {
+
+void validate_window(const Checker& check, int64_t window, int64_t past) {
+  if (window < 1)
+    check.fail(Kind::value, "window is " + std::to_string(window) + ", expected at least 1");
+  if (past < 0)
+    check.fail(Kind::value, "past is " + std::to_string(past) + ", expected at least 0");
+}
+
+void heads_fit(const Checker& check, const WindowProblem& p) {
+  if (p.heads < 1 || p.kv_heads < 1 || p.key_dim < 1 || p.dim < 1)
+    check.fail(Kind::value, "q, k, v have " + std::to_string(p.heads) + " heads, " +
+                                std::to_string(p.kv_heads) + " key/value heads, " +
+                                std::to_string(p.key_dim) + " key channels and " +
+                                std::to_string(p.dim) + " channels, expected at least 1 of each");
+  if (p.heads % p.kv_heads != 0)
+    check.fail(Kind::value, "q has " + std::to_string(p.heads) +
+                                " heads, expected a multiple of the " + std::to_string(p.kv_heads) +
+                                " heads of k");
+}
+
+template <class Params>
+WindowProblem validate_window_inputs(const Checker& check, const Params& p) {
+  check.rank("q", p.q, 4, "(batch, heads, tokens, key channels)");
+  check.rank("k", p.k, 4, "(batch, key/value heads, keys, key channels)");
+  check.rank("v", p.v, 4, "(batch, key/value heads, keys, channels)");
+  validate_window(check, p.window, p.past);
+  WindowProblem problem;
+  problem.batch = problem.sequences = p.q.shape[0];
+  problem.heads = p.q.shape[1];
+  problem.kv_heads = p.k.shape[1];
+  problem.tokens = p.q.shape[2];
+  problem.key_dim = p.q.shape[3];
+  problem.dim = p.v.shape[3];
+  heads_fit(check, problem);
+  check.memory("q", p.q);
+  if (present(p.cu_seqlens)) {
+    problem.packed = true;
+    problem.sequences = check.sequences(p.cu_seqlens, "q", problem.batch, problem.tokens);
+  }
+  problem.keys = problem.tokens + p.past * (problem.packed ? problem.sequences : 1);
+  check.shape("k", p.k, {problem.batch, problem.kv_heads, problem.keys, problem.key_dim},
+              "(batch, key/value heads, keys, key channels) of q");
+  check.shape("v", p.v, {problem.batch, problem.kv_heads, problem.keys, problem.dim},
+              "(batch, key/value heads, keys, channels) of q and k");
+  problem.is_double = check.compute_type(p.q, p.k, p.v);
+  check.finite_scale(p.scale);
+  if (present(p.key_mask)) {
+    check.dtype("key_mask", p.key_mask, {DType::boolean});
+    check.shape("key_mask", p.key_mask, {problem.batch, problem.keys}, "(batch, keys)");
+  }
+  return problem;
+}
+
+void validate_log_sum(const Checker& check, const char* name, const Tensor& t,
+                      const WindowProblem& problem) {
+  check.shape(name, t, {problem.batch, problem.heads, problem.tokens}, "(batch, heads, tokens)");
+  check.dtype(name, t, {compute_dtype(problem.is_double)});
+}
+
+// An output row (B,H,T,D).
+void validate_rows(const Checker& check, const char* name, const Tensor& t,
+                   const WindowProblem& problem, std::initializer_list<DType> dtypes) {
+  check.shape(name, t, {problem.batch, problem.heads, problem.tokens, problem.dim},
+              "(batch, heads, tokens, channels)");
+  check.dtype(name, t, dtypes);
+}
+
+WindowProblem validate_forward(const Checker& check, const SlidingWindowForward& p) {
+  const WindowProblem problem = validate_window_inputs(check, p);
+  validate_rows(check, "y", p.y, problem, {p.v.dtype});
+  check.writable("y", p.y);
+  if (present(p.log_sum)) {
+    validate_log_sum(check, "log_sum", p.log_sum, problem);
+    check.writable("log_sum", p.log_sum);
+  }
+  if (present(p.wide)) {
+    validate_rows(check, "wide", p.wide, problem, {compute_dtype(problem.is_double)});
+    check.writable("wide", p.wide);
+  }
+  return problem;
+}
+
+WindowProblem validate_backward(const Checker& check, const SlidingWindowBackward& p) {
+  const WindowProblem problem = validate_window_inputs(check, p);
+  const DType compute = compute_dtype(problem.is_double);
+  validate_log_sum(check, "log_sum", p.log_sum, problem);
+  validate_rows(check, "wide", p.wide, problem, {compute});
+  validate_rows(check, "dy", p.dy, problem, {p.v.dtype, compute});
+  if (present(p.d_log_sum)) validate_log_sum(check, "d_log_sum", p.d_log_sum, problem);
+  check.gradient("dq", p.q, p.dq, compute);
+  check.gradient("dk", p.k, p.dk, compute);
+  check.gradient("dv", p.v, p.dv, compute);
+  return problem;
+}
+
+WindowProblem validate_step(const Checker& check, const SlidingWindowStep& p) {
+  check.rank("q", p.q, 3, "(sequences, heads, key channels)");
+  check.rank("k", p.k, 3, "(sequences, key/value heads, key channels)");
+  check.rank("v", p.v, 3, "(sequences, key/value heads, channels)");
+  check.rank("cache.key", p.ring.key, 4, "(sequences, key/value heads, window, key channels)");
+  WindowProblem problem;
+  problem.batch = problem.sequences = p.q.shape[0];
+  problem.heads = p.q.shape[1];
+  problem.kv_heads = p.k.shape[1];
+  problem.tokens = 1;
+  problem.key_dim = p.q.shape[2];
+  problem.dim = p.v.shape[2];
+  const int64_t window = problem.keys = p.ring.key.shape[2];
+  heads_fit(check, problem);
+  validate_window(check, window, 0);
+  check.memory("q", p.q);
+  check.shape("k", p.k, {problem.batch, problem.kv_heads, problem.key_dim},
+              "(sequences, key/value heads, key channels) of q");
+  check.shape("v", p.v, {problem.batch, problem.kv_heads, problem.dim},
+              "(sequences, key/value heads, channels) of q and k");
+  problem.is_double = check.compute_type(p.q, p.k, p.v);
+  check.finite_scale(p.scale);
+  check.shape("y", p.y, {problem.batch, problem.heads, problem.dim},
+              "(sequences, heads, channels)");
+  check.dtype("y", p.y, {p.v.dtype});
+  check.writable("y", p.y);
+  const auto ring = [&](const char* name, const Tensor& t, int64_t channels) {
+    check.shape(name, t, {problem.batch, problem.kv_heads, window, channels},
+                "(sequences, key/value heads, window, channels)");
+    if (problem.is_double) {
+      check.dtype(name, t, {DType::float64});
+    } else {
+      check.dtype(name, t, {DType::float32, DType::bfloat16, DType::float16});
+    }
+    check.writable(name, t);
+  };
+  ring("cache.key", p.ring.key, problem.key_dim);
+  ring("cache.value", p.ring.value, problem.dim);
+  check.shape("cache.valid", p.ring.valid, {problem.batch, window}, "(sequences, window)");
+  check.dtype("cache.valid", p.ring.valid, {DType::boolean});
+  check.writable("cache.valid", p.ring.valid);
+  check.shape("cache.position", p.ring.position, {problem.batch}, "(sequences,)");
+  check.dtype("cache.position", p.ring.position, {DType::int64});
+  check.writable("cache.position", p.ring.position);
+  for (int64_t n = 0; n < problem.batch; ++n) {
+    const int64_t position =
+        static_cast<const int64_t*>(p.ring.position.data)[n * p.ring.position.stride[0]];
+    if (position < 0)
+      check.fail(Kind::value, "cache.position[" + std::to_string(n) + "] is " +
+                                  std::to_string(position) + ", expected at least 0");
+  }
+  if (!present(p.k_sink)) return problem;
+  check.rank("sinks.k", p.k_sink, 4, "(sequences, key/value heads, sinks, key channels)");
+  problem.sinks = p.k_sink.shape[2];
+  const auto sink = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
+                        const char* axes, DType like) {
+    check.shape(name, t, shape, axes);
+    check.dtype(name, t, {like});
+  };
+  sink("sinks.q", p.q_sink, {problem.batch, problem.heads, problem.key_dim},
+       "(sequences, heads, key channels)", p.q.dtype);
+  sink("sinks.k", p.k_sink, {problem.batch, problem.kv_heads, problem.sinks, problem.key_dim},
+       "(sequences, key/value heads, sinks, key channels)", p.k.dtype);
+  sink("sinks.v", p.v_sink, {problem.batch, problem.kv_heads, problem.sinks, problem.dim},
+       "(sequences, key/value heads, sinks, channels)", p.v.dtype);
+  if (present(p.sink_position))
+    sink("sinks.position", p.sink_position, {problem.batch, problem.sinks}, "(sequences, sinks)",
+         DType::int64);
+  return problem;
+}
+
+// q_latent, and the latents' keys and values beside those of the window.
+template <class Params>
+void validate_latents(const Checker& check, const Params& p, WindowProblem& problem) {
+  check.rank("q_latent", p.q_latent, 4, "(batch, heads, tokens, 1 + latents)");
+  check.rank("k_latent", p.latent.k, 4, "(batch, latent heads, tokens, latents)");
+  problem.latents = p.latent.k.shape[3];
+  check.shape("q_latent", p.q_latent,
+              {problem.batch, problem.heads, problem.tokens, 1 + problem.latents},
+              "(batch, heads, tokens, 1 + latents) of q and k_latent");
+  check.dtype("q_latent", p.q_latent, {compute_dtype(problem.is_double)});
+  check.finite_scale(p.latent.scale);
+}
+
+}  // namespace
+
+WindowProblem validate(const SlidingWindowForward& p) {
+  return validate_forward(Checker("sliding_window_attention"), p);
+}
+
+WindowProblem validate(const SlidingWindowBackward& p) {
+  return validate_backward(Checker("sliding_window_attention_backward"), p);
+}
+
+WindowProblem validate(const SlidingWindowStep& p) {
+  return validate_step(Checker("sliding_window_attention_step"), p);
+}
+
+WindowProblem validate(const MacchiatoForward& p) {
+  const Checker check("macchiato_attention");
+  WindowProblem problem = validate_forward(check, p.window);
+  validate_latents(check, p, problem);
+  validate_rows(check, "latent.y", p.latent.y, problem, {compute_dtype(problem.is_double)});
+  check.writable("latent.y", p.latent.y);
+  return problem;
+}
+
+WindowProblem validate(const MacchiatoBackward& p) {
+  const Checker check("macchiato_attention_backward");
+  WindowProblem problem = validate_backward(check, p.window);
+  validate_latents(check, p, problem);
+  const DType compute = compute_dtype(problem.is_double);
+  validate_rows(check, "y", p.y, problem, {compute});
+  check.gradient("dq_latent", p.q_latent, p.dq_latent, compute);
+  return problem;
+}
+
+WindowProblem validate(const MacchiatoStep& p) {
+  const Checker check("macchiato_attention_step");
+  WindowProblem problem = validate_step(check, p.window);
+  check.rank("q_latent", p.q_latent, 3, "(sequences, heads, 1 + latents)");
+  check.rank("k_latent", p.latent.k, 3, "(sequences, latent heads, latents)");
+  problem.latents = p.latent.k.shape[2];
+  check.shape("q_latent", p.q_latent, {problem.batch, problem.heads, 1 + problem.latents},
+              "(sequences, heads, 1 + latents) of q and k_latent");
+  check.dtype("q_latent", p.q_latent, {compute_dtype(problem.is_double)});
+  check.finite_scale(p.latent.scale);
   return problem;
 }
 

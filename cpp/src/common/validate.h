@@ -13,6 +13,22 @@ struct Problem {
   bool is_double = false;
 };
 
+struct WindowProblem {
+  int64_t batch = 0, heads = 0, kv_heads = 0, tokens = 0, key_dim = 0, dim = 0;
+  int64_t keys = 0;       // rows of k
+  int64_t sequences = 0;  // batch, or the number of packed sequences
+  int64_t latents = 0, sinks = 0;
+  bool packed = false;
+  bool is_double = false;
+};
+
+WindowProblem validate(const SlidingWindowForward& params);
+WindowProblem validate(const SlidingWindowBackward& params);
+WindowProblem validate(const SlidingWindowStep& params);
+WindowProblem validate(const MacchiatoForward& params);
+WindowProblem validate(const MacchiatoBackward& params);
+WindowProblem validate(const MacchiatoStep& params);
+
 Problem validate(const LatentAttentionForward& params);
 Problem validate(const LatentAttentionBackward& params);
 Problem validate(const LatentAttentionStep& params);

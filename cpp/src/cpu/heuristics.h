@@ -89,4 +89,19 @@ constexpr int64_t conv_segments(int64_t tokens, int64_t groups) {
 // Outputs of this many bytes go past the caches.
 inline constexpr int64_t kStreamBytes = int64_t{1} << 25;
 
+// Window attention. Queries per block: a band of `window` keys per query needs window + this many
+// per block. Keys per step of the online softmax: their logits, keys and values fill a first-level
+// cache.
+inline constexpr int64_t kWindowQueries = 32;
+inline constexpr int64_t kWindowKeys = 64;
+
+// Queries of a task, out of `total` over all sequences and heads: 4 tasks per thread, but no cut
+// finer than 4 windows, since a task meets one window of its neighbour's keys again.
+constexpr int64_t window_segment(int64_t total, int64_t window, int threads) {
+  if (threads < 2) return total < 1 ? 1 : total;
+  const int64_t share = total / (4 * threads), least = 4 * window < 512 ? 512 : 4 * window;
+  const int64_t length = share < least ? least : share;
+  return (length + kWindowKeys - 1) / kWindowKeys * kWindowKeys;
+}
+
 }  // namespace latte::cpu

@@ -8,6 +8,7 @@
 #include "cpu/recurrence.h"
 #include "cpu/short_conv.h"
 #include "cpu/step.h"
+#include "cpu/window_kernels.h"
 
 namespace latte::LATTE_ISA {
 namespace {
@@ -138,6 +139,10 @@ const cpu::KernelTable& table() {
                   : run_convolution<float>(kernel, task, memory);
         if (task.stream) stream_fence();
       },
+      window_workspace_bytes,
+      run_window,
+      window_step_workspace_bytes,
+      run_window_step,
   };
   return kTable;
 }

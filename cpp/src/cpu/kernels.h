@@ -66,6 +66,10 @@ enum class Recurrence : int32_t;
 enum class Convolution : int32_t;
 struct RecurrenceTask;
 struct ConvolutionTask;
+// Of window_task.h.
+struct WindowTask;
+struct WindowStepTask;
+enum class WindowKernel : int32_t;
 
 struct KernelTable {
   const char* isa;
@@ -83,6 +87,11 @@ struct KernelTable {
   int64_t (*convolution_bytes)(bool is_double, int64_t channels);
   void (*convolution)(Convolution kernel, bool is_double, const ConvolutionTask& task,
                       void* workspace);
+  // The same pair for windows, and for one token of a window.
+  int64_t (*window_workspace_bytes)(WindowKernel kernel, bool is_double, const WindowTask& task);
+  void (*run_window)(WindowKernel kernel, bool is_double, const WindowTask& task, void* workspace);
+  int64_t (*window_step_workspace_bytes)(bool is_double, const WindowStepTask& task);
+  void (*run_window_step)(bool is_double, const WindowStepTask& task, void* workspace);
 };
 
 // The table in use, chosen on the first call.

@@ -7,46 +7,19 @@
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
 #include "cpu/sequence_parallel.h"
+#include "cpu/views.h"
 #include "latte/latte.h"
 
 namespace latte {
 namespace {
 
+using cpu::at;
 using cpu::HeadState;
 using cpu::HeadTask;
+using cpu::kAlignment;
 using cpu::Kernel;
-using cpu::Rows;
-
-int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-    case DType::int64:
-      return 8;
-    case DType::float32:
-    case DType::int32:
-      return 4;
-    case DType::boolean:
-      return 1;
-    default:
-      return 2;
-  }
-}
-
-void* at(const Tensor& t, int64_t offset) {
-  return static_cast<char*>(t.data) + offset * element_size(t.dtype);
-}
-
-// Rows (t, c) of a (B, heads, T, C) tensor from head `head` and token `first` on.
-Rows rows_of(const Tensor& t, int64_t batch, int64_t head, int64_t first) {
-  if (!present(t)) return {};
-  return {at(t, batch * t.stride[0] + head * t.stride[1] + first * t.stride[2]), t.dtype,
-          t.stride[2], t.stride[1], t.stride[3]};
-}
-
-// The same of an (N, heads, C) tensor: one token.
-Rows row_of(const Tensor& t, int64_t sequence, int64_t head) {
-  return {at(t, sequence * t.stride[0] + head * t.stride[1]), t.dtype, 0, t.stride[1], t.stride[2]};
-}
+using cpu::row_of;
+using cpu::rows_of;
 
 HeadState state_of(const State& s, int64_t sequence, int64_t head) {
   HeadState h;
@@ -304,8 +277,6 @@ class Plan {
   int threads_ = 1;
 };
 
-constexpr int64_t kAlignment = 64;
-
 // Calls f with the call's plan.
 template <class Call, class Causal, class Bidirectional, class F>
 auto with_plan(const Call& call, int threads, F f) {
@@ -341,9 +312,7 @@ void run_call(const Params& params, const char* op, void* workspace, int threads
   if (!workspace)
     throw Error(Error::Kind::value,
                 "[" + std::string(op) + "] workspace is null, expected workspace_bytes() bytes");
-  const auto address = reinterpret_cast<uintptr_t>(workspace);
-  char* const base =
-      static_cast<char*>(workspace) + (kAlignment - address % kAlignment) % kAlignment;
+  char* const base = cpu::aligned(workspace);
   with_plan(call, threads, [&](const auto& plan) { plan.run(base); });
 }
 

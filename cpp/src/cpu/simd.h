@@ -233,6 +233,45 @@ LATTE_INLINE VecD low_halves(VecD a, VecD b) { return VecD{a[0], b[0]}; }
 LATTE_INLINE VecD high_halves(VecD a, VecD b) { return VecD{a[1], b[1]}; }
 #endif
 
+// [a0, b0, a1, b1, ...] from the lower and from the upper halves of the lanes.
+#if LATTE_VECTOR_BYTES == 64
+LATTE_INLINE VecF interleave_low(VecF a, VecF b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+LATTE_INLINE VecF interleave_high(VecF a, VecF b) {
+  return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15,
+                                 31);
+}
+LATTE_INLINE VecD interleave_low(VecD a, VecD b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+LATTE_INLINE VecD interleave_high(VecD a, VecD b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#elif LATTE_VECTOR_BYTES == 32
+LATTE_INLINE VecF interleave_low(VecF a, VecF b) {
+  return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+LATTE_INLINE VecF interleave_high(VecF a, VecF b) {
+  return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+LATTE_INLINE VecD interleave_low(VecD a, VecD b) {
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+}
+LATTE_INLINE VecD interleave_high(VecD a, VecD b) {
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+}
+#else
+LATTE_INLINE VecF interleave_low(VecF a, VecF b) {
+  return __builtin_shufflevector(a, b, 0, 4, 1, 5);
+}
+LATTE_INLINE VecF interleave_high(VecF a, VecF b) {
+  return __builtin_shufflevector(a, b, 2, 6, 3, 7);
+}
+LATTE_INLINE VecD interleave_low(VecD a, VecD b) { return VecD{a[0], b[0]}; }
+LATTE_INLINE VecD interleave_high(VecD a, VecD b) { return VecD{a[1], b[1]}; }
+#endif
+
 // exp(x) for x <= 88, below 2.5 + |x| / 20 ulp, from x = n log(2) + r. n times the float
 // nearest to log(2) is exact in a fused multiply-add, and that float is right to 1.9e-9: no second
 // step is needed. exp(0) == 1 exactly (a kept key must not decay), exp(-inf) == 0; NaN passes.
@@ -314,6 +353,8 @@ template <class T>
 LATTE_INLINE T exp_scalar(T x) {
   return exp(splat(x))[0];
 }
+LATTE_INLINE float log_scalar(float x) { return __builtin_logf(x); }
+LATTE_INLINE double log_scalar(double x) { return __builtin_log(x); }
 
 // exp(x) - 1 for x <= 0, and exp(x) in `e`, each with a small relative error of its own: both come
 // from exp(x) = 2^n (1 + f (log(2) + ..)), of which Taylor's polynomial of degree 6 is

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gate between a window and the latents: per token the softmax over 1 + L logits, of which only
+// the probability of column 0 and the sum of the others matter here. The latents' own softmax over
+// columns 1.. and the window's over its keys are each normalised, so
+//
+//   y = share * local + rest * global        share = p(0|t), rest = sum_(l>=1) p(l|t)
+//
+// is exact, and with d = share (<dy, local> - <dy, y>) the gradient of column 0 is d and that of
+// column l gains -d softmax(q_1..q_L)_l.
+#pragma once
+
+#include "cpu/head.h"
+#include "cpu/window_task.h"
+
+namespace latte::LATTE_ISA {
+
+using cpu::Column;
+using cpu::WindowTask;
+
+template <class T, class Task>
+LATTE_INLINE int64_t gate_width(const Task& task) {
+  return round_up<T>(1 + task.latents);
+}
+template <class T, class Task>
+LATTE_INLINE int64_t gate_size(const Task& task) {
+  return cpu::kWindowQueries * gate_width<T>(task);
+}
+template <class T>
+LATTE_INLINE T& at(const Column& column, int64_t t, int64_t g) {
+  return static_cast<T*>(column.data)[t * column.stride_t + g * column.stride_g];
+}
+// Rows of query head g within the group.
+template <class T>
+LATTE_INLINE cpu::Rows head_of(cpu::Rows rows, int64_t g) {
+  const bool is_half = rows.dtype == DType::bfloat16 || rows.dtype == DType::float16;
+  const int64_t bytes = is_half ? 2 : static_cast<int64_t>(sizeof(T));
+  if (rows.data) rows.data = static_cast<char*>(rows.data) + g * rows.stride_g * bytes;
+  return rows;
+}
+
+// share and rest of n <= kWindowQueries rows; `rows`, gate_size() numbers, keeps exp(q - max q)
+// with column 0 zeroed. A row that is -inf throughout has neither.
+template <class T, class Task>
+inline void gate_rows(const Task& task, int64_t g, int64_t first, int64_t n, T* rows, T* share,
+                      T* rest) {
+  constexpr int64_t lanes = kLanes<T>;
+  const int64_t width = gate_width<T>(task);
+  const Source<T> source(head_of<T>(task.gate, g), PerRow::every, 1 + task.latents, 1,
+                         kAbsentLogit<T>, T(task.gate_scale));
+  source.copy(first, n, rows, width);
+  Vec<T> behind = splat(T(1));
+  behind[0] = 0;
+  alignas(64) T zeroth[cpu::kWindowQueries] = {};
+  alignas(64) Vec<T> sums[cpu::kWindowQueries];
+  for (int64_t i = 0; i < cpu::kWindowQueries; ++i) sums[i] = Vec<T>{};
+  for (int64_t i = 0; i < n; ++i) {
+    T* const row = rows + i * width;
+    Vec<T> m = load(row);
+    for (int64_t c = lanes; c < width; c += lanes) m = max(m, load(row + c));
+    const T highest = reduce_max<T>(m);
+    const Vec<T> top = splat(highest >= kLowest<T> || highest != highest ? highest : T(0));
+    zeroth[i] = row[0] - top[0];
+    Vec<T> e = exp(load(row) - top) * behind;
+    store(row, e);
+    Vec<T> sum = e;
+    for (int64_t c = lanes; c < width; c += lanes) {
+      e = exp(load(row + c) - top);
+      store(row + c, e);
+      sum += e;
+    }
+    sums[i] = sum;
+  }
+  for (int64_t i = 0; i < n; i += lanes) {
+    const Vec<T> others = sums_of<T>(sums + i), own = exp(load(zeroth + i));
+    const Vec<T> sum = others + own;
+    const Vec<T> inverse = sum == Vec<T>{} ? Vec<T>{} : 1 / sum;
+    store(share + i, own * inverse);
+    store(rest + i, others * inverse);
+  }
+}
+
+template <class T>
+struct GateScratch {
+  T *gate, *dy, *y, *local, *share, *rest;
+
+  GateScratch(Arena& arena, const WindowTask& task) {
+    gate = arena.take<T>(gate_size<T>(task));
+    for (T** rows : {&dy, &y, &local})
+      *rows = arena.take<T>(cpu::kWindowQueries * round_up<T>(task.dim));
+    for (T** column : {&share, &rest}) *column = arena.take<T>(cpu::kWindowQueries);
+  }
+};
+
+template <class T>
+LATTE_INLINE T dot(const T* a, const T* b, int64_t width) {
+  Vec<T> sum = {};
+  for (int64_t c = 0; c < width; c += kLanes<T>) sum += load(a + c) * load(b + c);
+  return reduce_add<T>(sum);
+}
+
+// What the two branches need to go back on their own, of query head 0 of the group.
+template <class T>
+inline void gate_gradient(const WindowTask& task, Arena arena) {
+  const GateScratch<T> s(arena, task);
+  const int64_t width = round_up<T>(task.dim);
+  const Source<T> dy(task.dy, PerRow::every, task.dim, 1, T(0));
+  const Source<T> y(task.global, PerRow::every, task.dim, 1, T(0));
+  const Source<T> local(task.local, PerRow::every, task.dim, 1, T(0));
+  const Sink<T> d_global(task.d_global, PerRow::every, task.dim, 1);
+  for (int64_t first = task.begin; first < task.end; first += cpu::kWindowQueries) {
+    const int64_t left = task.end - first;
+    const int64_t n = left < cpu::kWindowQueries ? left : cpu::kWindowQueries;
+    dy.copy(first, n, s.dy, width);
+    const RowsInUse<T> ys(y, first, n, s.y, width), locals(local, first, n, s.local, width);
+    gate_rows(task, 0, first, n, s.gate, s.share, s.rest);
+    for (int64_t i = 0; i < n; ++i) {
+      const T* const row = s.dy + i * width;
+      const T along_local = dot(row, locals.data + i * locals.stride, width);
+      const T along_y = dot(row, ys.data + i * ys.stride, width);
+      at<T>(task.share, first + i, 0) = s.share[i];
+      at<T>(task.delta, first + i, 0) = s.share[i] * along_local;
+      at<T>(task.d_gate, first + i, 0) = s.share[i] * (along_local - along_y);
+    }
+    if (task.d_global.data)
+      d_global.write(first, n,
+                     [&](int64_t i, int64_t c) { return load(s.dy + i * width + c) * s.rest[i]; });
+  }
+}
+
+// Completes dq_latent, whose columns 1.. hold what the latents' own softmax gives.
+template <class T>
+inline void gate_spread(const WindowTask& task, Arena arena) {
+  const GateScratch<T> s(arena, task);
+  T* const rows = arena.take<T>(gate_size<T>(task));
+  const int64_t width = gate_width<T>(task);
+  const Source<T> source(task.dq_latent, PerRow::every, 1 + task.latents, 1, T(0));
+  const Sink<T> sink(task.dq_latent, PerRow::every, 1 + task.latents, 1);
+  for (int64_t first = task.begin; first < task.end; first += cpu::kWindowQueries) {
+    const int64_t left = task.end - first;
+    const int64_t n = left < cpu::kWindowQueries ? left : cpu::kWindowQueries;
+    gate_rows(task, 0, first, n, s.gate, s.share, s.rest);
+    source.copy(first, n, rows, width);
+    for (int64_t i = 0; i < n; ++i) {
+      T *const row = rows + i * width, *const e = s.gate + i * width;
+      Vec<T> sum = {};
+      for (int64_t c = 0; c < width; c += kLanes<T>) sum += load(e + c);
+      const T others = reduce_add<T>(sum);
+      const T d = T(task.gate_scale) * at<T>(task.d_gate, first + i, 0);
+      const Vec<T> factor = splat(others == 0 ? T(0) : -d / others);
+      row[0] = 0;
+      for (int64_t c = 0; c < width; c += kLanes<T>)
+        store(row + c, load(row + c) + factor * load(e + c));
+      row[0] = d;
+    }
+    sink.write(first, n, [&](int64_t i, int64_t c) { return load(rows + i * width + c); });
+  }
+}
+
+}  // namespace latte::LATTE_ISA

@@ -1,0 +1,190 @@
+// SPDX-License-Identifier: Apache-2.0
+// The gradient of window attention: with w_ts = softmax_s recomputed from the saved log of the sum,
+//
+//   dv_s = sum_t w_ts dy_t    ds_ts = w_ts (v_s . dy_t - dy_t . y_t)    dq_t = sum_s ds_ts k_s
+//   dk_s = sum_t ds_ts q_t
+//
+// Blocks of queries in order, each against the blocks of keys that it sees; dk and dv stay with
+// their block until the queries have left it behind. A sequence is cut by computing, for the
+// queries beyond a cut, the part of dk and dv before it: sums keep their order, so that the cuts
+// change no bit.
+#pragma once
+
+#include "cpu/window.h"
+
+namespace latte::LATTE_ISA {
+
+template <class T>
+class WindowBackward {
+ public:
+  WindowBackward(Arena& arena, const WindowTask& task)
+      : task_(task),
+        band_(task),
+        ring_(arena, task, true),
+        key_width_(round_up<T>(task.key_dim)),
+        value_width_(round_up<T>(task.dim)) {
+    for (T** rows : {&q_, &q_panels_, &dq_}) *rows = arena.take<T>(kQ * key_width_);
+    for (T** rows : {&dy_, &dy_panels_, &y_}) *rows = arena.take<T>(kQ * value_width_);
+    for (T** products : {&weights_, &slopes_}) *products = arena.take<T>(kK * kQ);
+    for (T** column : {&log_sum_, &delta_}) *column = arena.take<T>(kQ);
+  }
+
+  void run() {
+    // Keys whose gradient is this task's: those of its own queries, and the first task's also the
+    // past ones. Cuts are multiples of a block.
+    own_ = {task_.begin == 0 ? 0 : band_.origin + task_.begin, band_.origin + task_.end};
+    flushed_ = own_.begin / kK;
+    const Clip reach = clip(task_.begin - band_.after, task_.end + band_.before, 0, task_.tokens);
+    for (int64_t first = reach.begin / kQ * kQ; first < reach.end; first += kQ) {
+      const bool own = first >= task_.begin && first < task_.end;
+      const int64_t n = reach.end - first < kQ ? reach.end - first : kQ;
+      block(first, n, own);
+    }
+    flush((own_.end + kK - 1) / kK);
+  }
+
+ private:
+  void block(int64_t first, int64_t n, bool own) {
+    const int64_t lo = band_.lowest(first), hi = band_.highest(first + n);
+    flush(lo / kK);
+    const Clip keys = own ? Clip{lo, hi} : clip(lo, hi, own_.begin, own_.end);
+    const bool some = keys.begin < keys.end;
+    if (some) ring_.pack(task_, lo, keys.end);
+    for (int64_t g = 0; g < task_.group && (some || own); ++g) {
+      if (own) __builtin_memset(dq_, 0, kQ * key_width_ * sizeof(T));
+      if (some) {
+        load_queries(first, n, g);
+        for (int64_t index = keys.begin / kK; index * kK < keys.end; ++index)
+          this->keys(index, first, n, own);
+      }
+      if (!own) continue;
+      const Sink<T> dq(head_of<T>(task_.dq, g), PerRow::every, task_.key_dim, 1);
+      const Vec<T> scale = splat(T(task_.scale));
+      dq.write(first, n,
+               [&](int64_t i, int64_t c) { return load(dq_ + i * key_width_ + c) * scale; });
+    }
+  }
+
+  void load_queries(int64_t first, int64_t n, int64_t g) {
+    const Source<T> q(head_of<T>(task_.q, g), PerRow::every, task_.key_dim, 1, T(0),
+                      T(task_.scale));
+    const Source<T> dy(head_of<T>(task_.dy, g), PerRow::every, task_.dim, 1, T(0));
+    copy_queries(q, first, n, key_width_, q_);
+    copy_queries(dy, first, n, value_width_, dy_);
+    // A query that sees no key, and one past the last, has no weights.
+    for (int64_t i = 0; i < kQ; ++i) {
+      log_sum_[i] = -kAbsentLogit<T>;
+      delta_[i] = 0;
+    }
+    for (int64_t i = 0; i < n; ++i) {
+      const T log_sum = at<T>(task_.log_sum, first + i, g);
+      if (log_sum != kAbsentLogit<T>) log_sum_[i] = log_sum;
+    }
+    if (task_.share.data) {
+      for (int64_t i = 0; i < n; ++i) {
+        const T share = at<T>(task_.share, first + i, g);
+        delta_[i] = at<T>(task_.delta, first + i, g);
+        for (int64_t c = 0; c < value_width_; c += kLanes<T>)
+          store(dy_ + i * value_width_ + c, load(dy_ + i * value_width_ + c) * share);
+      }
+    } else {
+      const Source<T> y(head_of<T>(task_.local, g), PerRow::every, task_.dim, 1, T(0));
+      const RowsInUse<T> ys(y, first, n, y_, value_width_);
+      for (int64_t i = 0; i < n; ++i) {
+        delta_[i] = dot(dy_ + i * value_width_, ys.data + i * ys.stride, value_width_);
+        if (task_.d_log_sum.data) delta_[i] -= at<T>(task_.d_log_sum, first + i, g);
+      }
+    }
+    transpose_queries(q_, key_width_, q_panels_);
+    transpose_queries(dy_, value_width_, dy_panels_);
+  }
+
+  void keys(int64_t index, int64_t first, int64_t n, bool own_queries) {
+    const KeyBlock<T> block = ring_[index];
+    const bool own_keys = index * kK >= own_.begin && index * kK < own_.end;
+    Clip all = {kK, 0};
+    for (int64_t q = 0; q < n; q += kPair<T>) {
+      const auto [begin, end] = band_.template pair_rows<T>(index, first + q);
+      if (begin >= end) continue;
+      key_products(begin, end, key_width_, task_.key_dim, block.k, q_panels_ + q * key_width_,
+                   weights_ + q);
+      key_products(begin, end, value_width_, task_.dim, block.v, dy_panels_ + q * value_width_,
+                   slopes_ + q);
+      hide(band_, block, index, first + q, begin, end, weights_ + q);
+      weigh(begin, end, q);
+      all = {begin < all.begin ? begin : all.begin, end > all.end ? end : all.end};
+    }
+    if (own_keys) {
+      for (int64_t r = all.begin; r < all.end; r += kTileRows) {
+        const int64_t key = index * kK + r;
+        const Clip t = clip(band_.from(first, key), band_.to(first, key + kTileRows - 1), 0, n);
+        if (t.begin >= t.end) continue;
+        add_rows(t, r, weights_, dy_, value_width_, block.dv);
+        add_rows(t, r, slopes_, q_, key_width_, block.dk);
+      }
+    }
+    if (!own_queries) return;
+    for (int64_t q = 0; q < n; q += kTileRows) {
+      const Clip seen = band_.rows(index, first + q, first + q + kTileRows);
+      if (seen.begin >= seen.end) continue;
+      multiply<T, Layout::by_column>(
+          {seen.end - seen.begin, slopes_ + seen.begin * kQ + q, kQ,
+           block.k + seen.begin * key_width_, key_width_, dq_ + q * key_width_, key_width_, true},
+          key_width_ / kLanes<T>);
+    }
+  }
+
+  void add_rows(Clip t, int64_t r, const T* products, const T* rows, int64_t width, T* sums) {
+    multiply<T, Layout::by_row>({t.end - t.begin, products + r * kQ + t.begin, kQ,
+                                 rows + t.begin * width, width, sums + r * width, width, true},
+                                width / kLanes<T>);
+  }
+
+  // weights_: logits to w; slopes_: v . dy to ds.
+  void weigh(int64_t begin, int64_t end, int64_t q) {
+    constexpr int64_t lanes = kLanes<T>;
+    Vec<T> log_sum[2], delta[2];
+    for (int j = 0; j < 2; ++j) {
+      log_sum[j] = load(log_sum_ + q + j * lanes);
+      delta[j] = load(delta_ + q + j * lanes);
+    }
+    for (int64_t r = begin; r < end; ++r)
+      for (int j = 0; j < 2; ++j) {
+        T *const w = weights_ + r * kQ + q + j * lanes, *const s = slopes_ + r * kQ + q + j * lanes;
+        const Vec<T> weight = exp(load(w) - log_sum[j]);
+        store(w, weight);
+        store(s, weight * (load(s) - delta[j]));
+      }
+  }
+
+  // Writes dk and dv of the own blocks before `block`; zeros where no query came by.
+  void flush(int64_t block) {
+    const int64_t last = (own_.end + kK - 1) / kK;
+    for (; flushed_ < block && flushed_ < last; ++flushed_) {
+      const KeyBlock<T> keys = ring_[flushed_];
+      const int64_t shift = flushed_ * kK - band_.pad;
+      const Clip rows = clip(-shift, task_.keys - shift, 0, kK);
+      if (rows.begin >= rows.end) continue;
+      const bool met = ring_.was_packed(flushed_);
+      write(task_.dk, task_.key_dim, shift, rows, met ? keys.dk : nullptr, key_width_);
+      write(task_.dv, task_.dim, shift, rows, met ? keys.dv : nullptr, value_width_);
+    }
+  }
+
+  void write(const Rows& to, int64_t channels, int64_t shift, Clip rows, const T* sums,
+             int64_t width) const {
+    const Sink<T> sink(to, PerRow::every, channels, 1);
+    sink.write(shift + rows.begin, rows.end - rows.begin, [&](int64_t i, int64_t c) {
+      return sums ? load(sums + (rows.begin + i) * width + c) : Vec<T>{};
+    });
+  }
+
+  const WindowTask& task_;
+  const Band band_;
+  KeyRing<T> ring_;
+  int64_t key_width_, value_width_, flushed_ = 0;
+  Clip own_ = {0, 0};
+  T *q_, *q_panels_, *dq_, *dy_, *dy_panels_, *y_, *weights_, *slopes_, *log_sum_, *delta_;
+};
+
+}  // namespace latte::LATTE_ISA
