@@ -63,6 +63,8 @@ constexpr int64_t even_cut(int64_t i, int64_t n, int64_t tokens) { return cut_at
 inline constexpr int64_t kBlockChannels = 512;
 // A block narrower than this wastes most of a prefetched page.
 inline constexpr int64_t kMinBlockChannels = 64;
+// Bytes per row's width by which a scan is ahead of itself with prefetches.
+inline constexpr int64_t kFetchBytes = 4096;
 // Rows that are converted to the compute type at once, where they cannot be used in place.
 inline constexpr int64_t kTileRows = 8;
 

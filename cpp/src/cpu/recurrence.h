@@ -15,9 +15,11 @@ namespace latte::LATTE_ISA {
 using cpu::Recurrence;
 using cpu::RecurrenceTask;
 
-// log a = -kPower r softplus(log_lambda).
+// log a = -kPower r softplus(log_lambda), kept in powers of two: log2(a) = -r decay.
 template <class T>
 inline constexpr T kPower = 8;
+template <class T>
+inline constexpr T kLog2 = T(0.693147180559945309417);
 // Half of 1 / 1000: the derivative of a square root s is 1 / (2 s), bounded by 1000.
 template <class T>
 inline constexpr T kSteepest = T(5e-4);
@@ -125,14 +127,18 @@ class Linear {
   template <bool kStream>
   void forward() {
     enter(task_, task_.initial, carry_);
+    // Locals, here and below: a store of a vector may change any member, for all the compiler
+    // knows.
+    T* const carry = carry_;
+    const int64_t width = width_;
     for_each_tile<T>(task_.tokens, [&](int64_t t, int64_t n) {
       a_.load(t, n), b_.load(t, n), h_out_.begin(t);
       for (int64_t i = 0; i < n; ++i) {
         const T *a = a_.row(i), *b = b_.row(i);
         T* out = h_out_.row(i);
-        for (int64_t c = 0; c < width_; c += kLanes<T>) {
-          const Vec<T> h = load(a + c) * load(carry_ + c) + load(b + c);
-          store(carry_ + c, h);
+        for (int64_t c = 0; c < width; c += kLanes<T>) {
+          const Vec<T> h = load(a + c) * load(carry + c) + load(b + c);
+          store(carry + c, h);
           put<T, kStream>(out + c, h);
         }
       }
@@ -145,6 +151,9 @@ class Linear {
   void backward() {
     enter(task_, task_.d_final, carry_);
     read_rows(task_.initial, 1, task_.channels, before_);
+    T* const carry = carry_;
+    const int64_t width = width_;
+    const int64_t a_ahead = a_.ahead(), h_ahead = h_.ahead(), dh_ahead = dh_.ahead();
     for_each_tile<T>(task_.tokens, [&](int64_t t, int64_t n) {
       const bool last = t + n == task_.tokens;
       a_.load(t, n), dh_.load(t, n), h_.load(t + 1, last ? n - 1 : n);
@@ -153,9 +162,11 @@ class Linear {
         const T *a = a_.row(i), *dh = dh_.row(i);
         const T* before = last && i == n - 1 ? before_ : h_.row(i);
         T *da = da_.row(i), *db = db_.row(i);
-        for (int64_t c = 0; c < width_; c += kLanes<T>) {
-          const Vec<T> g = load(dh + c) + load(carry_ + c);
-          store(carry_ + c, load(a + c) * g);
+        for (int64_t c = 0; c < width; c += kLanes<T>) {
+          prefetch<3>(a + c + a_ahead), prefetch<3>(before + c + h_ahead);
+          prefetch<3>(dh + c + dh_ahead);
+          const Vec<T> g = load(dh + c) + load(carry + c);
+          store(carry + c, load(a + c) * g);
           put<T, kStream>(db + c, g);
           put<T, kStream>(da + c, g * load(before + c));
         }
@@ -180,7 +191,7 @@ struct Gates {
   LATTE_INLINE Gates(Vec<T> gate_a, Vec<T> gate_x, Vec<T> decay)
       : r(sigmoid<T>(gate_a, r_rest)), i(sigmoid<T>(gate_x, i_rest)) {
     // (1 - a) (1 + a), where 1 - a^2 would lose all digits of a slow decay.
-    const Vec<T> lost = -expm1(-r * decay, a);
+    const Vec<T> lost = -exp2m1(-r * decay, a);
     root = sqrt(lost * (1 + a));
   }
   Vec<T> r_rest, i_rest, r, i, a, root;
@@ -244,7 +255,7 @@ class Gated {
         const bool skipped = absent(t + i);
         for (int64_t c = 0; c < width_; c += kLanes<T>) {
           Vec<T> a = splat(T(1)), rest;
-          if (!skipped) expm1(-sigmoid<T>(load(gate_a_.row(i) + c), rest) * load(decay_ + c), a);
+          if (!skipped) exp2m1(-sigmoid<T>(load(gate_a_.row(i) + c), rest) * load(decay_ + c), a);
           summary_.append(c, a, a * load(dh_.row(i) + c));
         }
       }
@@ -273,13 +284,13 @@ class Gated {
     return {load(gate_a_.row(i) + c), load(gate_x_.row(i) + c), load(decay_ + c)};
   }
 
-  // kPower softplus(log_lambda).
+  // kPower softplus(log_lambda) / log(2).
   void read_decay() {
     convert_rows(task_.log_lambda, 0, 1, task_.channels, decay_, 0);
     for (int64_t c = 0; c < width_; ++c) {
       const double x = static_cast<double>(decay_[c]);
       const double tail = __builtin_log1p(__builtin_exp(x > 0 ? -x : x));
-      decay_[c] = static_cast<T>(kPower<double> * (x > 0 ? x + tail : tail));
+      decay_[c] = static_cast<T>(kPower<double> / kLog2<double> * (x > 0 ? x + tail : tail));
     }
   }
 
@@ -287,22 +298,24 @@ class Gated {
   void forward() {
     read_decay();
     enter(task_, task_.initial, carry_);
+    T *const carry = carry_, *const decay = decay_;
+    const int64_t width = width_;
     for_each_tile<T>(task_.tokens, [&](int64_t t, int64_t n) {
       x_.load(t, n), gate_a_.load(t, n), gate_x_.load(t, n), h_out_.begin(t);
       for (int64_t i = 0; i < n; ++i) {
         const T* x = x_.row(i);
         T* out = h_out_.row(i);
         if (absent(t + i)) {
-          for (int64_t c = 0; c < width_; c += kLanes<T>)
-            put<T, kStream>(out + c, load(carry_ + c));
+          for (int64_t c = 0; c < width; c += kLanes<T>) put<T, kStream>(out + c, load(carry + c));
           continue;
         }
         const bool first = t + i == task_.first;
-        for (int64_t c = 0; c < width_; c += kLanes<T>) {
-          const Gates<T> g = gates(i, c);
+        const T *gate_a = gate_a_.row(i), *gate_x = gate_x_.row(i);
+        for (int64_t c = 0; c < width; c += kLanes<T>) {
+          const Gates<T> g(load(gate_a + c), load(gate_x + c), load(decay + c));
           const Vec<T> root = first ? splat(T(1)) : g.root;
-          const Vec<T> h = g.a * load(carry_ + c) + root * (g.i * load(x + c));
-          store(carry_ + c, h);
+          const Vec<T> h = g.a * load(carry + c) + root * (g.i * load(x + c));
+          store(carry + c, h);
           put<T, kStream>(out + c, h);
         }
       }
@@ -353,12 +366,18 @@ class Gated {
 
   template <bool kStream, bool kFirst>
   LATTE_INLINE void backward_row(int64_t i, const T* before) {
-    const T *x = x_.row(i), *dh = dh_.row(i);
+    const T *x = x_.row(i), *dh = dh_.row(i), *gate_a = gate_a_.row(i), *gate_x = gate_x_.row(i);
     T *dx = dx_.row(i), *d_gate_a = d_gate_a_.row(i), *d_gate_x = d_gate_x_.row(i);
-    for (int64_t c = 0; c < width_; c += kLanes<T>) {
-      const Gates<T> g = gates(i, c);
-      const Vec<T> d = load(dh + c) + load(carry_ + c), d_through = d * g.a;
-      store(carry_ + c, d_through);
+    T *const carry = carry_, *const decay = decay_, *const sums = sums_;
+    const int64_t x_ahead = x_.ahead(), dh_ahead = dh_.ahead(), h_ahead = h_.ahead();
+    const int64_t a_ahead = gate_a_.ahead(), i_ahead = gate_x_.ahead(), width = width_;
+    for (int64_t c = 0; c < width; c += kLanes<T>) {
+      prefetch<3>(x + c + x_ahead), prefetch<3>(dh + c + dh_ahead);
+      prefetch<3>(before + c + h_ahead);
+      prefetch<3>(gate_a + c + a_ahead), prefetch<3>(gate_x + c + i_ahead);
+      const Gates<T> g(load(gate_a + c), load(gate_x + c), load(decay + c));
+      const Vec<T> d = load(dh + c) + load(carry + c), d_through = d * g.a;
+      store(carry + c, d_through);
       const Vec<T> gated = g.i * load(x + c), d_input = kFirst ? d : d * g.root;
       put<T, kStream>(dx + c, d_input * g.i);
       put<T, kStream>(d_gate_x + c, d_input * gated * g.i_rest);
@@ -366,8 +385,8 @@ class Gated {
       if constexpr (!kFirst)
         d_log_a -= d_through * (gated * g.a) * reciprocal(max(splat(kSteepest<T>), g.root));
       const Vec<T> d_r = -d_log_a * g.r;
-      store(sums_ + c, load(sums_ + c) + d_r);
-      put<T, kStream>(d_gate_a + c, d_r * load(decay_ + c) * g.r_rest);
+      store(sums + c, load(sums + c) + d_r);
+      put<T, kStream>(d_gate_a + c, d_r * (kLog2<T> * load(decay + c)) * g.r_rest);
     }
   }
 

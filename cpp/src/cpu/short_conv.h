@@ -64,6 +64,7 @@ class WindowSource {
     }
   }
   LATTE_INLINE const T* row(int64_t i) const { return rows_[i]; }
+  int64_t ahead() const { return tile_.ahead(); }
 
  private:
   TileSource<T> tile_;
@@ -109,8 +110,10 @@ class ShortConv {
     });
     for (int64_t j = 0; j <= task_.width; ++j)
       for (int64_t c = 0; c < task_.channels; ++c) {
+        const int64_t lane = c % kLanes<T>;
         double& sum = task_.partial[j * task_.partial_stride + c];
-        sum = task_.accumulate ? sum + totals_[j * width_ + c] : totals_[j * width_ + c];
+        const double total = totals_[at(task_.width + 1, j, c - lane) + lane];
+        sum = task_.accumulate ? sum + total : total;
       }
   }
 
@@ -129,15 +132,27 @@ class ShortConv {
 
  private:
   void read_parameters() {
-    read_rows(task_.weight, task_.width, task_.channels, weight_);
+    read_rows(task_.weight, task_.width, task_.channels, sums_);
+    for (int64_t j = 0; j < task_.width; ++j)
+      for (int64_t c = 0; c < width_; c += kLanes<T>)
+        store(weight_ + at(task_.width, j, c), load(sums_ + j * width_ + c));
     read_rows(task_.bias, 1, task_.channels, bias_);
     read_rows(Rows{}, 1, task_.channels, zero_);
     read_rows(task_.initial, task_.width - 1, task_.channels, before_);
+  }
+  // Weights and sums: vector c of row j of `rows`. The rows of a vector are neighbours, as rows
+  // half a page apart would make stores look like later loads (2 x backward).
+  static LATTE_INLINE int64_t at(int64_t rows, int64_t j, int64_t c) {
+    return c * rows + j * kLanes<T>;
   }
   int64_t right() const { return task_.width - 1 - task_.left; }
 
   template <int kWidth, bool kStream>
   void forward() {
+    // Locals, here and below: a store of a vector may change any member, for all the compiler
+    // knows.
+    const T *const weight = weight_, *const bias = bias_;
+    const int64_t width = width_, ahead = x_.ahead();
     for (int64_t t = task_.begin; t < task_.end; t += kTileRows) {
       const int64_t n = task_.end - t < kTileRows ? task_.end - t : kTileRows;
       x_.load(t - task_.left, n + kWidth - 1, task_.tokens, before_, kWidth - 1, zero_, width_);
@@ -146,10 +161,11 @@ class ShortConv {
         const T* x[kWidth];
         for (int j = 0; j < kWidth; ++j) x[j] = x_.row(i + j);
         T* y = y_.row(i);
-        for (int64_t c = 0; c < width_; c += kLanes<T>) {
-          Vec<T> sum = load(bias_ + c);
+        for (int64_t c = 0; c < width; c += kLanes<T>) {
+          prefetch<3>(x[kWidth - 1] + c + ahead);
+          Vec<T> sum = load(bias + c);
 #pragma GCC unroll 8
-          for (int j = 0; j < kWidth; ++j) sum += load(weight_ + j * width_ + c) * load(x[j] + c);
+          for (int j = 0; j < kWidth; ++j) sum += load(weight + at(kWidth, j, c)) * load(x[j] + c);
           put<T, kStream>(y + c, sum);
         }
       }
@@ -209,28 +225,36 @@ class ShortConv {
     const int64_t right = this->right();
     const T* own[kRows];
     for (int r = 0; r < kRows; ++r) own[r] = dy_.row(i + r + right);
-    for (int64_t c = 0; c < width_; c += kLanes<T>) {
+    const T* const weight = weight_;
+    T* const sums = sums_;
+    const int64_t width = width_, x_ahead = x_.ahead(), dy_ahead = dy_.ahead();
+    for (int64_t c = 0; c < width; c += kLanes<T>) {
+#pragma GCC unroll 2
+      for (int r = 0; r < kRows; ++r) {
+        prefetch<3>(x[kWidth - 1 + r] + c + x_ahead);
+        prefetch<3>(dy[kWidth - 1 + r] + c + dy_ahead);
+      }
       Vec<T> dx_sum[kRows], d[kRows];
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r) dx_sum[r] = load(extra[r] + c), d[r] = load(own[r] + c);
 #pragma GCC unroll 8
       for (int j = 0; j < kWidth; ++j) {
-        const Vec<T> w = load(weight_ + j * width_ + c);
-        Vec<T> dw = load(sums_ + j * width_ + c);
+        const Vec<T> w = load(weight + at(kWidth, j, c));
+        Vec<T> dw = load(sums + at(kWidth + 1, j, c));
 #pragma GCC unroll 2
         for (int r = 0; r < kRows; ++r) {
           dx_sum[r] += w * load(dy[r + kWidth - 1 - j] + c);
           dw += d[r] * load(x[r + j] + c);
         }
-        store(sums_ + j * width_ + c, dw);
+        store(sums + at(kWidth + 1, j, c), dw);
       }
-      Vec<T> d_bias = load(sums_ + kWidth * width_ + c);
+      Vec<T> d_bias = load(sums + at(kWidth + 1, kWidth, c));
 #pragma GCC unroll 2
       for (int r = 0; r < kRows; ++r) {
         d_bias += d[r];
         put<T, kStream>(dx[r] + c, dx_sum[r]);
       }
-      store(sums_ + kWidth * width_ + c, d_bias);
+      store(sums + at(kWidth + 1, kWidth, c), d_bias);
     }
   }
 
@@ -243,7 +267,7 @@ class ShortConv {
       for (int64_t c = 0; c < width_; c += kLanes<T>) {
         Vec<T> sum = load(extra + c);
         for (int j = 0; j < kWidth; ++j)
-          sum += load(weight_ + j * width_ + c) * load(dy_.row(kWidth - 1 - j) + c);
+          sum += load(weight_ + at(kWidth, j, c)) * load(dy_.row(kWidth - 1 - j) + c);
         store(row_ + c, sum);
       }
       Rows target = task_.d_initial;

@@ -356,30 +356,30 @@ LATTE_INLINE T exp_scalar(T x) {
 LATTE_INLINE float log_scalar(float x) { return __builtin_logf(x); }
 LATTE_INLINE double log_scalar(double x) { return __builtin_log(x); }
 
-// exp(x) - 1 for x <= 0, and exp(x) in `e`, each with a small relative error of its own: both come
-// from exp(x) = 2^n (1 + f (log(2) + ..)), of which Taylor's polynomial of degree 6 is
-// within 1.2e-7 for |f| <= 1/2. exp(-inf) == 0 exactly; NaN passes.
-LATTE_INLINE VecF expm1(VecF x, VecF& e) {
+// 2^x - 1 for x <= 0, and 2^x in `e`, each with a small relative error of its own: both come from
+// 2^x = 2^n (1 + f (log(2) + ..)), of which Taylor's polynomial of degree 6 is within 1.2e-7 for
+// |f|
+// <= 1/2. Below -126 e stays at the smallest normal number; NaN passes.
+LATTE_INLINE VecF exp2m1(VecF x, VecF& e) {
   using VecI = VectorOf<float>::integer;
-  const VecF bounded = max(splat(-87.0f), x);
-  // As in exp(): n + 127 in the low bits of z.
+  const VecF bounded = max(splat(-126.0f), x);
+  // As in exp(): n + 127 in the low bits of z. The difference to n is exact.
   const VecF magic = splat(12583039.0f);
-  const VecF z = bounded * 1.44269504088896341f + magic;
-  const VecF n = z - magic;
-  const VecF f = ((bounded - n * 0.693359375f) - n * -2.12194440e-4f) * 1.44269504088896341f;
+  const VecF z = bounded + magic;
+  const VecF f = bounded - (z - magic);
   VecF p = 1.540353039e-04f * f + 1.333355815e-03f;
   p = p * f + 9.618129108e-03f;
   p = p * f + 5.550410866e-02f;
   p = p * f + 2.402265070e-01f;
   p = p * f + 6.931471806e-01f;
   const VecF scale = (VecF)((VecI)z << 23), fraction = scale * (p * f);
-  e = (VecF)((VecI)(scale + fraction) & ~(VecI)(x < -87.0f));
+  e = scale + fraction;
   return fraction + (scale - 1.0f);
 }
-LATTE_INLINE VecD expm1(VecD x, VecD& e) {
+LATTE_INLINE VecD exp2m1(VecD x, VecD& e) {
   for (int64_t i = 0; i < kLanes<double>; ++i) {
-    e[i] = __builtin_exp(x[i]);
-    x[i] = __builtin_expm1(x[i]);
+    e[i] = __builtin_exp2(x[i]);
+    x[i] = __builtin_expm1(x[i] * 0.693147180559945309417);
   }
   return x;
 }

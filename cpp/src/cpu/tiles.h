@@ -48,7 +48,10 @@ class TileSource {
         stride_(round_up<T>(channels)),
         buffer_(arena.take<T>(tile_rows * stride_)),
         in_place_(rows.dtype == kComputeDType<T> && rows.stride_c == 1 &&
-                  channels % kLanes<T> == 0) {}
+                  channels % kLanes<T> == 0) {
+    const int64_t bytes = channels * static_cast<int64_t>(sizeof(T));
+    if (in_place_) ahead_ = rows.stride_t * (1 + cpu::kFetchBytes / bytes);
+  }
 
   // Makes n rows from `first` readable as row(0), row(1), ..
   LATTE_INLINE void load(int64_t first, int64_t n) {
@@ -62,6 +65,9 @@ class TileSource {
     }
   }
   LATTE_INLINE const T* row(int64_t i) const { return base_ + i * step_; }
+  // From an element to what the scan reads some rows later, for prefetching: the hardware expects
+  // rows in rising order (without: 1.4 to 1.6 times as long backward).
+  int64_t ahead() const { return ahead_; }
 
  private:
   Rows rows_;
@@ -69,7 +75,7 @@ class TileSource {
   T* buffer_;
   bool in_place_;
   const T* base_ = nullptr;
-  int64_t step_ = 0;
+  int64_t step_ = 0, ahead_ = 0;
 };
 
 template <class T>
