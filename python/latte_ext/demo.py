@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from . import _demo_timing as timing
 from ._demo_text import BYTES, Corpus, load_corpus, ngram_bits, window_starts
 from ._progress import Bar
-from .nn import LatteLM
+from .nn import LatteConfig, LatteLM
 from .nn.model import sample_token
 
 # Bits per byte that the model has to end below the trigram.
@@ -177,7 +177,7 @@ def _run(corpus: Corpus, seconds: float, out: Path) -> bool:
 
 def build_model() -> LatteLM:
     """The demo's model of bytes."""
-    return LatteLM(BYTES, EMBED_DIM, NUM_LAYERS, NUM_HEADS, NUM_LATENTS)
+    return LatteLM(LatteConfig(BYTES, EMBED_DIM, NUM_LAYERS, NUM_HEADS, NUM_LATENTS, mixer="conv"))
 
 
 def fastest_threads(most: int) -> int:
@@ -273,7 +273,7 @@ def sample(model: LatteLM, prompt: Tensor, length: int) -> str:
         print(_printable(piece), end="", flush=True)
         text += piece
     elapsed = time.perf_counter() - start
-    size = sum(layer.state.nbytes + layer.tail.nbytes for layer in cache)
+    size = sum(layer.nbytes for layer in cache)
     print(
         f"\n{'-' * 80}\n{1e3 * elapsed / length:.2f} ms per token; all that is kept of the text so "
         f"far: {size:,} bytes, whatever its length"

@@ -12,10 +12,14 @@ import torch
 from latte_ext import _demo_text as text
 from latte_ext import _demo_timing as timing
 from latte_ext import demo
-from latte_ext.nn import LatteLM
+from latte_ext.nn import LatteConfig, LatteLM
 from torch import Tensor
 
 SENTENCE = b"the quick brown fox jumps over the lazy dog. "
+
+
+def small_model() -> LatteLM:
+    return LatteLM(LatteConfig(256, 16, 1, 2, 4, mixer="conv"))
 
 
 def as_bytes(data: Tensor) -> bytes:
@@ -43,7 +47,7 @@ class Clock:
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small model, short contexts, single calls, and as many steps on any machine."""
-    monkeypatch.setattr(demo, "build_model", lambda: LatteLM(256, 16, 1, 2, 4))
+    monkeypatch.setattr(demo, "build_model", small_model)
     monkeypatch.setattr(demo, "time", Clock())
     monkeypatch.setattr(demo, "CONTEXTS", (32, 16, 64))
     monkeypatch.setattr(timing, "milliseconds", lambda call: float(call() is not None))
@@ -147,7 +151,7 @@ def test_training_learns_and_reports(story: Path) -> None:
 
 
 def test_evaluation_scores_the_bytes_of_the_windows() -> None:
-    model, held_out = LatteLM(256, 16, 1, 2, 4), torch.randint(256, (600,), dtype=torch.uint8)
+    model, held_out = small_model(), torch.randint(256, (600,), dtype=torch.uint8)
     starts = torch.tensor([2, 300])
     bits = []
     for start in starts.tolist():
@@ -159,7 +163,7 @@ def test_evaluation_scores_the_bytes_of_the_windows() -> None:
 
 
 def test_the_sample_is_what_generate_draws(capsys: pytest.CaptureFixture[str]) -> None:
-    model = LatteLM(256, 16, 1, 2, 4).eval()
+    model = small_model().eval()
     prompt = torch.tensor(list("caf\u00e9".encode()))
     sampled = demo.sample(model, prompt, 20)
     generator = torch.Generator().manual_seed(demo.SEED)

@@ -3,6 +3,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from latte_ext import reference
 from latte_ext.nn import (
     LatentAttention,
     LatteBlock,
+    LatteConfig,
     LatteEncoder,
     LatteLM,
     MultiheadLatentAttention,
     replace_attention,
 )
+from latte_ext.nn import attention as attention_module
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves
@@ -36,8 +39,17 @@ def layer(**options: object) -> LatentAttention:
     return LatentAttention(16, 4, 5, **options)  # type: ignore[arg-type]
 
 
-def language_model(**options: object) -> LatteLM:
-    return LatteLM(32, embed_dim=16, num_layers=2, num_heads=4, num_latents=5, **options)
+def config(**options: Any) -> LatteConfig:
+    sizes = {"vocab_size": 32, "embed_dim": 16, "num_layers": 2, "num_heads": 4, "num_latents": 5}
+    return LatteConfig(**{"mixer": "conv", **sizes, **options})
+
+
+def language_model(dtype: torch.dtype | None = None, **options: Any) -> LatteLM:
+    return LatteLM(config(**options), dtype=dtype)
+
+
+def tensors(cache: object) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(cache) if leaf is not None]
 
 
 # The layer
@@ -75,14 +87,14 @@ def test_latent_dropout_is_dropout_on_p(monkeypatch: pytest.MonkeyPatch) -> None
     attention = layer(latent_dropout=0.4, scale=0.7).double()
     x = torch.randn(2, TOKENS, 16, dtype=torch.float64, requires_grad=True)
     kept: list[Tensor] = []
-    drop = attention._drop_latents
+    drop = attention_module.drop_latents
 
-    def spy(q: Tensor) -> tuple[Tensor, Tensor]:
-        q, factor = drop(q)
+    def spy(*args: Any) -> tuple[Tensor, Tensor]:
+        q, factor = drop(*args)
         kept.append(q.isfinite())
         return q, factor
 
-    monkeypatch.setattr(attention, "_drop_latents", spy)
+    monkeypatch.setattr(attention_module, "drop_latents", spy)
     got = attention(x)
 
     q, k, v = (
@@ -322,7 +334,7 @@ def test_what_it_cannot_honour_raises(causal: bool, options: dict[str, object]) 
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"conv_width": 0}, {"conv_width": 1}, {"kv_heads": 2, "tie_head": False}]
+    "options", [{}, {"mixer": "none"}, {"conv_width": 1}, {"kv_heads": 2, "tie_head": False}]
 )
 def test_model_whole_split_and_step_agree(options: dict[str, object]) -> None:
     model, tokens = language_model(**options), torch.randint(32, (2, TOKENS))
@@ -338,7 +350,7 @@ def test_model_whole_split_and_step_agree(options: dict[str, object]) -> None:
     close(logits, whole[:, -1])
     before = copy.deepcopy(filled)
     model(tokens, cache=filled)
-    for got, expected in zip(tree_leaves(filled), tree_leaves(before), strict=True):
+    for got, expected in zip(tensors(filled), tensors(before), strict=True):
         assert torch.equal(got, expected)
     close(model.step(tokens[:, 0], stepped), model.step(tokens[:, 0], filled))
 
@@ -358,27 +370,19 @@ def test_gradients_cross_a_split() -> None:
 def test_cache_has_a_fixed_size() -> None:
     model = language_model()
     empty, filled = model.empty_cache(3), model.prefill(torch.randint(32, (3, 50)))[1]
-    for a, b in zip(tree_leaves(empty), tree_leaves(filled), strict=True):
+    for a, b in zip(tensors(empty), tensors(filled), strict=True):
         assert a.shape == b.shape
         assert a.dtype == b.dtype
         # Nothing longer is kept alive behind it.
         assert b.untyped_storage().nbytes() == b.nbytes
 
 
-def test_convolution_is_torchs() -> None:
-    block, x = LatteBlock(16, 4, 5, conv_width=4), torch.randn(2, TOKENS, 16)
-    assert block.conv is not None
-    got, tail = block.conv(x, block.conv.empty_tail(2))
-    weight = block.conv.weight.T.unsqueeze(1)
-    close(got, F.conv1d(F.pad(x.mT, (3, 0)), weight, block.conv.bias, groups=16).mT)
-    assert torch.equal(tail, x[:, -3:])
-
-
 def test_half_precision_model_steps() -> None:
     model, tokens = language_model(dtype=torch.bfloat16), torch.randint(32, (2, TOKENS))
     cache = model.empty_cache(2)
     stepped = torch.stack([model.step(tokens[:, t], cache) for t in range(TOKENS)], dim=1)
-    assert cache[0].state.dtype == torch.float32
+    assert cache[0].attention.latent is not None
+    assert cache[0].attention.latent.dtype == torch.float32
     close(stepped, model(tokens), 0.1)
 
 
@@ -418,7 +422,7 @@ def test_generate_is_deterministic_and_stays_among_the_likeliest() -> None:
 
 
 def test_encoder_ignores_padding() -> None:
-    model = LatteEncoder(32, 3, embed_dim=16, num_layers=2, num_heads=4, num_latents=5)
+    model = LatteEncoder(config(mixer="none"), 3)
     tokens = torch.randint(32, (2, TOKENS))
     mask = torch.arange(TOKENS).expand(2, -1) < 15
     close(model(tokens, key_mask=mask), model(tokens[:, :15]))
@@ -433,12 +437,17 @@ def test_encoder_ignores_padding() -> None:
 @pytest.mark.parametrize(
     "call",
     [
-        lambda: LatteBlock(16, 4, 5, conv_width=-1),
-        lambda: LatteBlock(16, 4, 5, conv_width=4, causal=False),
-        lambda: LatteBlock(16, 4, 5, conv_width=4)(
-            torch.randn(1, 3, 16), key_mask=torch.ones(1, 3, dtype=torch.bool)
+        lambda: LatteBlock(config(conv_width=9)),
+        lambda: LatteBlock(config(mixer="rglru"), causal=False)(
+            torch.randn(1, 3, 16), return_cache=True
         ),
-        lambda: LatteEncoder(32, 3, 15, 1, 3, 5),
+        lambda: LatteBlock(config(window=4), causal=False)(
+            torch.randn(1, 3, 16), return_cache=True
+        ),
+        lambda: LatteEncoder(config(embed_dim=15, num_heads=3), 3),
+        lambda: language_model().prefill(
+            torch.zeros(1, 2, dtype=torch.long), cu_seqlens=torch.tensor([0, 0, 2])
+        ),
         lambda: language_model().prefill(torch.zeros(2, 0, dtype=torch.long)),
         lambda: language_model().generate(torch.zeros(1, 2, dtype=torch.long), 2, temperature=-1),
         lambda: language_model().generate(torch.zeros(1, 2, dtype=torch.long), 2, top_k=0),

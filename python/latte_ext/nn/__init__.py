@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Modules around `latte_ext.latent_attention`: the attention layer, small models, a replacement."""
+"""Attention layers, the mixers in front of them, blocks and small models, a replacement."""
 
 from .attention import LatentAttention as LatentAttention
 from .block import LatteBlock as LatteBlock
 from .block import LayerCache as LayerCache
+from .config import VARIANTS as VARIANTS
+from .config import LatteConfig as LatteConfig
+from .macchiato import MacchiatoAttention as MacchiatoAttention
+from .mixers import RGLRU as RGLRU
+from .mixers import ShortConv as ShortConv
 from .model import LatteEncoder as LatteEncoder
 from .model import LatteLM as LatteLM
 from .multihead import MultiheadLatentAttention as MultiheadLatentAttention
 from .multihead import replace_attention as replace_attention
 
 __all__ = [
+    "RGLRU",
+    "VARIANTS",
     "LatentAttention",
     "LatteBlock",
+    "LatteConfig",
     "LatteEncoder",
     "LatteLM",
     "LayerCache",
+    "MacchiatoAttention",
     "MultiheadLatentAttention",
+    "ShortConv",
     "replace_attention",
 ]

@@ -29,6 +29,57 @@ def lecun_normal_(weight: Tensor) -> Tensor:
     return nn.init.trunc_normal_(weight, std=std, a=-2 * std, b=2 * std)
 
 
+def check_sizes(
+    op: str, embed_dim: int, num_heads: int, head_dim: int | None, **groups: int
+) -> None:
+    """Sizes of a layer are positive, E is a multiple of H or D is given, `groups` divide H."""
+    sizes = {"embed_dim": embed_dim, "num_heads": num_heads, **groups}
+    if head_dim is not None:
+        sizes["head_dim"] = head_dim
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{op} {name} is {size}, expected a positive number")
+    if head_dim is None and embed_dim % num_heads:
+        raise ValueError(
+            f"{op} embed_dim is {embed_dim}, expected a multiple of num_heads = {num_heads}, "
+            "or head_dim given"
+        )
+    for name, size in groups.items():
+        if num_heads % size:
+            raise ValueError(
+                f"{op} {name} is {size}, expected a divisor of num_heads = {num_heads}"
+            )
+
+
+def check_rates(op: str, **rates: float) -> None:
+    """Dropout rates are in [0, 1)."""
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{op} {name} is {rate}, expected a rate in [0, 1)")
+
+
+def check_input(op: str, name: str, x: Tensor, rank: int, embed_dim: int) -> None:
+    """x is (B,T,E), or (N,E) where rank is 2."""
+    if x.dim() != rank or x.shape[-1] != embed_dim:
+        axes = "(B, T, E)" if rank == 3 else "(N, E)"
+        raise ValueError(
+            f"{op} {name} has shape {tuple(x.shape)}, expected {axes} with E = {embed_dim}"
+        )
+
+
+def drop_latents(q: Tensor, rate: float, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B,H,T,L) with dropped latents at -inf, and the factor (B,H,T,1) that undoes the softmax.
+
+    With keep in {0, 1} per token and latent, softmax over the kept ones is
+    keep p / sum(keep p), so the attention's output times sum(keep p) / (1 - rate) is exactly
+    sum over l of (keep_l p(l|t) / (1 - rate)) mean_l, also for the gradients.
+    """
+    keep = torch.empty(q.shape, dtype=torch.bool, device=q.device).bernoulli_(1 - rate)
+    p = torch.softmax(q.to(torch.promote_types(q.dtype, torch.float32)) * scale, dim=-1)
+    kept = torch.where(keep, p, 0).sum(dim=-1, keepdim=True) / (1 - rate)
+    return q.masked_fill(~keep, -torch.inf), kept
+
+
 class LatentAttention(nn.Module):
     """Multi-head latent attention of a sequence over itself (arXiv 2402.17512).
 
@@ -72,28 +123,10 @@ class LatentAttention(nn.Module):
         super().__init__()
         kv_heads = num_heads if kv_heads is None else kv_heads
         op = "[LatentAttention]"
-        sizes = {
-            "embed_dim": embed_dim,
-            "num_heads": num_heads,
-            "num_latents": num_latents,
-            "kv_heads": kv_heads,
-            "head_dim": 1 if head_dim is None else head_dim,
-        }
-        for name, size in sizes.items():
-            if size < 1:
-                raise ValueError(f"{op} {name} is {size}, expected a positive number")
-        if head_dim is None and embed_dim % num_heads:
-            raise ValueError(
-                f"{op} embed_dim is {embed_dim}, expected a multiple of num_heads = {num_heads}, "
-                "or head_dim given"
-            )
-        if num_heads % kv_heads:
-            raise ValueError(
-                f"{op} kv_heads is {kv_heads}, expected a divisor of num_heads = {num_heads}"
-            )
-        for name, rate in (("dropout", dropout), ("latent_dropout", latent_dropout)):
-            if not 0 <= rate < 1:
-                raise ValueError(f"{op} {name} is {rate}, expected a rate in [0, 1)")
+        check_sizes(op, embed_dim, num_heads, head_dim, kv_heads=kv_heads)
+        if num_latents < 1:
+            raise ValueError(f"{op} num_latents is {num_latents}, expected a positive number")
+        check_rates(op, dropout=dropout, latent_dropout=latent_dropout)
         if not 0 < scale < math.inf:
             raise ValueError(f"{op} scale is {scale}, expected a positive number")
 
@@ -169,7 +202,7 @@ class LatentAttention(nn.Module):
         v = self.v_proj(x).unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
         kept = None
         if self.training and self.latent_dropout > 0:
-            q, kept = self._drop_latents(q)
+            q, kept = drop_latents(q, self.latent_dropout, self.scale)
         y, final = latent_attention(
             q,
             k,
@@ -210,22 +243,4 @@ class LatentAttention(nn.Module):
         return projected
 
     def _check(self, name: str, x: Tensor, rank: int) -> None:
-        if x.dim() != rank or x.shape[-1] != self.embed_dim:
-            axes = "(B, T, E)" if rank == 3 else "(N, E)"
-            raise ValueError(
-                f"[LatentAttention] {name} has shape {tuple(x.shape)}, "
-                f"expected {axes} with E = {self.embed_dim}"
-            )
-
-    def _drop_latents(self, q: Tensor) -> tuple[Tensor, Tensor]:
-        """q with dropped latents at -inf, and the factor (B,H,T,1) that undoes the softmax.
-
-        With keep in {0, 1} per token and latent, softmax over the kept ones is
-        keep p / sum(keep p), so the attention's output times sum(keep p) / (1 - rate) is exactly
-        sum over l of (keep_l p(l|t) / (1 - rate)) mean_l, also for the gradients.
-        """
-        keep = torch.empty(q.shape, dtype=torch.bool, device=q.device)
-        keep.bernoulli_(1 - self.latent_dropout)
-        p = torch.softmax(q.to(torch.promote_types(q.dtype, torch.float32)) * self.scale, dim=-1)
-        kept = torch.where(keep, p, 0).sum(dim=-1, keepdim=True) / (1 - self.latent_dropout)
-        return q.masked_fill(~keep, -torch.inf), kept
+        check_input("[LatentAttention]", name, x, rank, self.embed_dim)

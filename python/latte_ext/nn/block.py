@@ -1,139 +1,130 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The block of the models: latent attention, q and k optionally from a convolution, and an MLP.
+"""The block of the models: attention, its mixer, and an MLP.
 
-Notation: B batch, T tokens, E model width, K convolution width, N sequences.
+Notation: B batch, T tokens, E model width, N sequences (B, or len(cu_seqlens) - 1 when packed).
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..state import LatentState
-from .attention import LatentAttention, lecun_normal_
-
-# Hidden width of the MLP over E (the authors' models).
-MLP_RATIO = 4
+from ..window_cache import MacchiatoState
+from .attention import lecun_normal_
+from .config import LatteConfig
+from .macchiato import MacchiatoAttention
+from .mixers import RGLRU, MixerState, ShortConv
 
 
 class LayerCache(NamedTuple):
-    """What one causal block remembers of the tokens so far: a fixed size, whatever their number.
+    """What one causal block remembers of N sequences: a fixed size, whatever their lengths.
 
-    state: of N sequences; tail (N,K-1,E): the convolution's last inputs, (N,0,E) without one.
+    attention: latents and window; mixer: the convolution's last inputs (N,K-1,E), or h (N,E) of
+    the RG-LRU and whether a sequence has no token yet (N,), or nothing.
     """
 
-    state: LatentState
-    tail: Tensor
+    attention: MacchiatoState
+    mixer: MixerState
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors in bytes."""
+        return self.attention.nbytes + sum(x.numel() * x.element_size() for x in self.mixer)
 
-class CausalConv(nn.Module):
-    """Depthwise causal convolution, y[t] = bias + sum over j < K of weight[j] x[t - K + 1 + j].
+    def select(self, index: Sequence[int] | Sequence[bool] | Tensor) -> LayerCache:
+        """The caches of some sequences, in new tensors, repeats allowed (beam search).
 
-    Tokens before the first count as zero. Stands in front of q and k (the -Conv variants of the
-    paper; width 4 and the bias are this library's choice).
-    """
+        Args:
+            index: positions in [-N, N) as a sequence or a 1-D integer tensor, or an (N,) bool mask.
 
-    def __init__(
-        self,
-        channels: int,
-        width: int,
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(width, channels, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(channels, device=device, dtype=dtype))
-        bound = 1 / math.sqrt(width)
-        nn.init.uniform_(self.weight, -bound, bound)
+        Raises:
+            TypeError: index is neither integer nor bool. ValueError: it does not fit.
+        """
+        attention = self.attention.select(index)
+        return LayerCache(attention, tuple(x[torch.as_tensor(index)] for x in self.mixer))
 
-    def empty_tail(self, batch: int) -> Tensor:
-        """The tail (N,K-1,E) of sequences without tokens."""
-        width, channels = self.weight.shape
-        return self.weight.new_zeros(batch, width - 1, channels)
+    def clone(self) -> LayerCache:
+        """A copy with memory of its own; differentiable."""
+        return LayerCache(self.attention.clone(), tuple(x.clone() for x in self.mixer))
 
-    def forward(self, x: Tensor, tail: Tensor) -> tuple[Tensor, Tensor]:
-        """The convolution (B,T,E) of x (B,T,E) after tail (B,K-1,E), and the new tail."""
-        padded = torch.cat([tail.to(x.dtype), x], dim=1)
-        # Shifted sums: twice as fast on CPUs, forward and backward, as F.conv1d with groups.
-        y = self.bias.expand_as(x)
-        for shift, weight in enumerate(self.weight.unbind()):
-            y = torch.addcmul(y, padded[:, shift : shift + x.shape[1]], weight)
-        # A copy: a view would keep every activation of the sequence alive.
-        return y, padded[:, x.shape[1] :].clone()
+    def detach(self) -> LayerCache:
+        """The same memory, cut from the autograd graph."""
+        return LayerCache(self.attention.detach(), tuple(x.detach() for x in self.mixer))
+
+    def to(self, device: torch.device | str) -> LayerCache:
+        """The cache on device; shares memory if it is there already."""
+        return LayerCache(self.attention.to(device), tuple(x.to(device) for x in self.mixer))
 
 
 class LatteBlock(nn.Module):
-    """Pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)) with a GELU MLP of width 4E.
+    """Pre-norm block: x + attention(norm(x)), then x + MLP(norm(x)).
+
+    The latents' queries and keys are computed from the mixer's output, values and the window from
+    norm(x) itself.
 
     Args:
-        embed_dim, num_heads, num_latents, head_dim, kv_heads, causal, dropout, latent_dropout:
-            as in `LatentAttention`; dropout also acts on the MLP's output.
-        conv_width: K, width of a causal depthwise convolution that q and k are projected from
-            (values come from the block's input itself); 0: none.
+        config: sizes and parts; its vocabulary and number of layers do not matter here.
+        causal: whether token t sees the tokens s <= t only. If not, the convolution is centred, the
+            RG-LRU runs both ways and the window is symmetric.
 
     Raises:
-        ValueError: a negative conv_width, or one with causal=False; and as `LatentAttention`.
+        ValueError: sizes that do not fit; see `MacchiatoAttention`, `ShortConv`, `RGLRU`.
     """
 
     def __init__(
         self,
-        embed_dim: int,
-        num_heads: int,
-        num_latents: int,
+        config: LatteConfig,
         *,
-        head_dim: int | None = None,
-        kv_heads: int | None = None,
         causal: bool = True,
-        conv_width: int = 0,
-        dropout: float = 0.0,
-        latent_dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if conv_width < 0 or (conv_width and not causal):
-            raise ValueError(
-                f"[LatteBlock] conv_width is {conv_width} with causal={causal}, "
-                "expected 0, or a positive width with causal=True"
+        width, hidden = config.embed_dim, config.hidden_dim
+        self.dropout, self.gated = config.dropout, config.mlp == "silu"
+        self.attention_norm = norm(config, device=device, dtype=dtype)
+        self.mixer: ShortConv | RGLRU | None = None
+        if config.mixer == "conv":
+            self.mixer = ShortConv(
+                width, config.conv_width, causal=causal, device=device, dtype=dtype
             )
-        self.dropout = dropout
-        self.attention_norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        self.attention = LatentAttention(
-            embed_dim,
-            num_heads,
-            num_latents,
-            head_dim=head_dim,
-            kv_heads=kv_heads,
+        elif config.mixer == "rglru":
+            self.mixer = RGLRU(width, config.num_heads, causal=causal, device=device, dtype=dtype)
+        self.attention = MacchiatoAttention(
+            width,
+            config.num_heads,
+            config.num_latents,
+            window=config.window,
+            head_dim=config.head_dim,
+            kv_heads=config.kv_heads,
+            latent_heads=config.latent_heads,
+            rotary_base=config.rotary_base,
             causal=causal,
-            dropout=dropout,
-            latent_dropout=latent_dropout,
+            dropout=config.dropout,
+            latent_dropout=config.latent_dropout,
             device=device,
             dtype=dtype,
         )
-        self.conv = None
-        if conv_width:
-            self.conv = CausalConv(embed_dim, conv_width, device=device, dtype=dtype)
-        self.mlp_norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        hidden = MLP_RATIO * embed_dim
-        self.mlp_in = nn.Linear(embed_dim, hidden, device=device, dtype=dtype)
-        self.mlp_out = nn.Linear(hidden, embed_dim, device=device, dtype=dtype)
-        for layer in (self.mlp_in, self.mlp_out):
+        self.mlp_norm = norm(config, device=device, dtype=dtype)
+
+        def linear(inputs: int, outputs: int) -> nn.Linear:
+            layer = nn.Linear(inputs, outputs, bias=config.bias, device=device, dtype=dtype)
             lecun_normal_(layer.weight)
-            nn.init.zeros_(layer.bias)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+            return layer
+
+        self.mlp_in = linear(width, 2 * hidden if self.gated else hidden)
+        self.mlp_out = linear(hidden, width)
 
     def empty_cache(self, batch: int) -> LayerCache:
         """The cache of `batch` sequences without tokens."""
-        state = self.attention.empty_state(batch)
-        if self.conv is None:
-            return LayerCache(
-                state, self.mlp_in.weight.new_zeros(batch, 0, self.mlp_in.in_features)
-            )
-        return LayerCache(state, self.conv.empty_tail(batch))
+        mixer = () if self.mixer is None else self.mixer.empty_state(batch)
+        return LayerCache(self.attention.empty_state(batch), mixer)
 
     def forward(
         self,
@@ -147,45 +138,66 @@ class LatteBlock(nn.Module):
         """The block's output (B,T,E) for x (B,T,E), and the cache after it if `return_cache`.
 
         Args:
-            key_mask, cu_seqlens: as in `LatentAttention`, for a block without convolution.
+            key_mask: (B,T) bool, true for a real token. Padding before or behind a sequence has no
+                influence on its tokens. Within it, latents and RG-LRU see a masked token as
+                absent, while in window and convolution it keeps its place.
+            cu_seqlens: (N+1,) borders of N sequences packed along T, with B == 1.
             cache: the tokens before these (causal only); it is left as it is.
-            return_cache: also return the cache after the last token.
+            return_cache: also return the cache of N sequences after the last token (causal only).
 
         Raises:
-            ValueError: key_mask or cu_seqlens with a convolution; and as `LatentAttention`.
+            ValueError: shapes or combinations; and as `MacchiatoAttention`.
         """
-        normed = self.attention_norm(x)
-        x_qk, tail = normed, normed[:, :0]
-        if self.conv is not None:
-            if key_mask is not None or cu_seqlens is not None:
-                raise ValueError(
-                    "[LatteBlock] got key_mask or cu_seqlens with a convolution, expected neither: "
-                    "it would mix real tokens with masked ones or with another sequence"
-                )
-            x_qk, tail = self.conv(
-                normed, self.conv.empty_tail(x.shape[0]) if cache is None else cache.tail
+        normed = x_qk = self.attention_norm(x)
+        rows = {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
+        mixer: MixerState = ()
+        if self.mixer is not None:
+            x_qk = self.mixer(
+                normed,
+                **rows,
+                state=None if cache is None else cache.mixer,
+                return_state=return_cache,
             )
-        mixed, state = self.attention(
+            if return_cache:
+                x_qk, mixer = x_qk
+        mixed = self.attention(
             normed,
             x_qk=x_qk,
-            key_mask=key_mask,
-            cu_seqlens=cu_seqlens,
-            state=None if cache is None else cache.state,
-            return_state=True,
+            **rows,
+            state=None if cache is None else cache.attention,
+            return_state=return_cache,
         )
-        x = self._mlp(x + mixed)
-        return (x, LayerCache(state, tail)) if return_cache else x
+        if not return_cache:
+            return self._mlp(x + mixed)
+        mixed, attention = mixed
+        return self._mlp(x + mixed), LayerCache(attention, mixer)
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: LayerCache) -> Tensor:
         """The output (N,E) for one more token x (N,E); `cache` is updated in place, no dropout."""
         normed = x_qk = self.attention_norm(x)
-        if self.conv is not None:
-            x_qk, tail = self.conv(normed.unsqueeze(1), cache.tail)
-            x_qk = x_qk.squeeze(1)
-            cache.tail.copy_(tail)
-        return self._mlp(x + self.attention.step(normed, cache.state, x_qk=x_qk))
+        if self.mixer is not None:
+            x_qk = self.mixer.step(normed, cache.mixer)
+        return self._mlp(x + self.attention.step(normed, cache.attention, x_qk=x_qk))
 
     def _mlp(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.mlp_in(self.mlp_norm(x)))
+        hidden = self.mlp_in(self.mlp_norm(x))
+        if self.gated:
+            gate, hidden = hidden.chunk(2, dim=-1)
+            hidden = F.silu(gate) * hidden
+        else:
+            hidden = F.gelu(hidden)
         return x + F.dropout(self.mlp_out(hidden), self.dropout, self.training)
+
+
+def norm(
+    config: LatteConfig,
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> nn.Module:
+    """The configuration's norm over E."""
+    kind = nn.LayerNorm if config.norm == "layer" else nn.RMSNorm
+    # 1e-6: RMSNorm's default in torch is the smallest number of the dtype.
+    eps = 1e-5 if config.norm == "layer" else 1e-6
+    return kind(config.embed_dim, eps=eps, device=device, dtype=dtype)

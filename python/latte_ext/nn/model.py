@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import lecun_normal_
-from .block import LatteBlock, LayerCache
+from .block import LatteBlock, LayerCache, norm
+from .config import LatteConfig
 
 # Longest wavelength of the sinusoidal positions over 2 pi (arXiv 1706.03762, section 3.5).
 POSITION_PERIOD = 10_000.0
@@ -22,58 +23,30 @@ POSITION_PERIOD = 10_000.0
 class LatteLM(nn.Module):
     """Causal language model: embedding, blocks, norm, linear head.
 
-    There are no positions: order enters through causality and the convolution, so the model runs
-    on sequences of any length, in memory that does not grow with the number of tokens.
+    There are no positions but the window's rotations: order enters through causality, mixer and
+    window, so the model runs on sequences of any length, in memory that does not grow with the
+    number of tokens.
 
     Args:
-        vocab_size: V.
-        embed_dim: E.
-        num_layers: number of `LatteBlock`s.
-        num_heads, num_latents, head_dim, kv_heads, conv_width, dropout, latent_dropout: of each
-            block; dropout also acts on the embedding.
-        tie_head: the head uses the embedding's weight (V,E).
+        config: sizes and parts.
     """
 
     def __init__(
         self,
-        vocab_size: int,
-        embed_dim: int,
-        num_layers: int,
-        num_heads: int,
-        num_latents: int,
+        config: LatteConfig,
         *,
-        head_dim: int | None = None,
-        kv_heads: int | None = None,
-        conv_width: int = 4,
-        dropout: float = 0.0,
-        latent_dropout: float = 0.0,
-        tie_head: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        self.dropout = dropout
-        self.embedding = nn.Embedding(vocab_size, embed_dim, device=device, dtype=dtype)
+        self.config, width = config, config.embed_dim
+        self.embedding = nn.Embedding(config.vocab_size, width, device=device, dtype=dtype)
         # Logits of a tied head start with variance 1.
-        nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(embed_dim))
-        self.blocks = nn.ModuleList(
-            LatteBlock(
-                embed_dim,
-                num_heads,
-                num_latents,
-                head_dim=head_dim,
-                kv_heads=kv_heads,
-                conv_width=conv_width,
-                dropout=dropout,
-                latent_dropout=latent_dropout,
-                device=device,
-                dtype=dtype,
-            )
-            for _ in range(num_layers)
-        )
-        self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        self.head = nn.Linear(embed_dim, vocab_size, bias=False, device=device, dtype=dtype)
-        if tie_head:
+        nn.init.normal_(self.embedding.weight, std=1 / math.sqrt(width))
+        self.blocks = _blocks(config, True, device, dtype)
+        self.norm = norm(config, device=device, dtype=dtype)
+        self.head = nn.Linear(width, config.vocab_size, bias=False, device=device, dtype=dtype)
+        if config.tie_head:
             self.head.weight = self.embedding.weight
         else:
             lecun_normal_(self.head.weight)
@@ -86,33 +59,56 @@ class LatteLM(nn.Module):
         self,
         tokens: Tensor,
         *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         cache: list[LayerCache] | None = None,
         return_cache: bool = False,
     ) -> Tensor | tuple[Tensor, list[LayerCache]]:
         """Logits (B,T,V) of each next token for tokens (B,T), and the cache if `return_cache`.
 
         A sequence may be given whole, in pieces (pass each piece's cache on) or token by token
-        (`step`): the results agree to rounding. `cache` is left as it is.
+        (`step`): the results agree to rounding.
+
+        Args:
+            tokens: the sequences, or N of them packed along T with B == 1.
+            key_mask: (B,T) bool, true for a real token; see `LatteBlock` for what masking means.
+            cu_seqlens: (N+1,) borders of the packed sequences.
+            cache: the tokens before these, one entry per block; it is left as it is.
+            return_cache: also return the cache of N sequences after the last token.
         """
-        x, cache = self._features(tokens, cache)
+        x, cache = self._features(tokens, key_mask, cu_seqlens, cache, return_cache)
         logits: Tensor = self.head(x)
         return (logits, cache) if return_cache else logits
 
     @torch.no_grad()
     def prefill(
-        self, tokens: Tensor, cache: list[LayerCache] | None = None
+        self,
+        tokens: Tensor,
+        cache: list[LayerCache] | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> tuple[Tensor, list[LayerCache]]:
-        """Read tokens (B,T), T >= 1: logits (B,V) of the token after the last, and the cache.
+        """Read tokens (B,T): logits (N,V) of the token after each last one, and the cache.
+
+        Sequences of different lengths are packed (`cu_seqlens`) or padded on the left
+        (`key_mask`); the cache can step on from either.
 
         Raises:
-            ValueError: no tokens.
+            ValueError: a sequence of no tokens.
         """
         if tokens.dim() != 2 or tokens.shape[1] == 0:
             raise ValueError(
                 f"[LatteLM] tokens has shape {tuple(tokens.shape)}, expected (B, T) with T >= 1"
             )
-        x, cache = self._features(tokens, cache)
-        logits: Tensor = self.head(x[:, -1])
+        if cu_seqlens is not None and bool((cu_seqlens.diff() < 1).any()):
+            raise ValueError(
+                f"[LatteLM] cu_seqlens has lengths {cu_seqlens.diff().tolist()}, expected at least "
+                "one token in each sequence"
+            )
+        x, cache = self._features(tokens, key_mask, cu_seqlens, cache, True)
+        last = x[:, -1] if cu_seqlens is None else x[0, cu_seqlens[1:].long() - 1]
+        logits: Tensor = self.head(last)
         return logits, cache
 
     @torch.no_grad()
@@ -155,16 +151,41 @@ class LatteLM(nn.Module):
         return [block for block in self.blocks if isinstance(block, LatteBlock)]
 
     def _features(
-        self, tokens: Tensor, cache: list[LayerCache] | None
+        self,
+        tokens: Tensor,
+        key_mask: Tensor | None,
+        cu_seqlens: Tensor | None,
+        cache: list[LayerCache] | None,
+        return_cache: bool,
     ) -> tuple[Tensor, list[LayerCache]]:
-        """What the head reads (B,T,E), and the cache after the last token."""
-        x = F.dropout(self.embedding(tokens), self.dropout, self.training)
+        """What the head reads (B,T,E), and the cache after the last token if asked for."""
+        x = F.dropout(self.embedding(tokens), self.config.dropout, self.training)
         caches = [None] * len(self.blocks) if cache is None else cache
         after = []
         for block, layer_cache in zip(self.blocks, caches, strict=True):
-            x, layer_cache = block(x, cache=layer_cache, return_cache=True)
-            after.append(layer_cache)
+            x = block(
+                x,
+                key_mask=key_mask,
+                cu_seqlens=cu_seqlens,
+                cache=layer_cache,
+                return_cache=return_cache,
+            )
+            if return_cache:
+                x, layer_cache = x
+                after.append(layer_cache)
         return self.norm(x), after
+
+
+def _blocks(
+    config: LatteConfig,
+    causal: bool,
+    device: torch.device | str | None,
+    dtype: torch.dtype | None,
+) -> nn.ModuleList:
+    return nn.ModuleList(
+        LatteBlock(config, causal=causal, device=device, dtype=dtype)
+        for _ in range(config.num_layers)
+    )
 
 
 def sample_token(
@@ -201,68 +222,44 @@ class LatteEncoder(nn.Module):
     """Bidirectional classifier: embedding, sinusoidal positions, blocks, mean over tokens, head.
 
     Args:
-        vocab_size: V.
+        config: sizes and parts; E is even.
         num_classes: number of outputs.
-        embed_dim: E, even.
-        num_layers: number of `LatteBlock`s.
-        num_heads, num_latents, head_dim, kv_heads, dropout, latent_dropout: of each block; dropout
-            also acts on the embedding.
 
     Raises:
-        ValueError: an odd embed_dim; and as `LatentAttention`.
+        ValueError: an odd embed_dim; and as `LatteBlock`.
     """
 
     def __init__(
         self,
-        vocab_size: int,
+        config: LatteConfig,
         num_classes: int,
-        embed_dim: int,
-        num_layers: int,
-        num_heads: int,
-        num_latents: int,
         *,
-        head_dim: int | None = None,
-        kv_heads: int | None = None,
-        dropout: float = 0.0,
-        latent_dropout: float = 0.0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if embed_dim % 2:
-            raise ValueError(f"[LatteEncoder] embed_dim is {embed_dim}, expected an even number")
-        self.dropout = dropout
-        self.embedding = nn.Embedding(vocab_size, embed_dim, device=device, dtype=dtype)
-        self.blocks = nn.ModuleList(
-            LatteBlock(
-                embed_dim,
-                num_heads,
-                num_latents,
-                head_dim=head_dim,
-                kv_heads=kv_heads,
-                causal=False,
-                dropout=dropout,
-                latent_dropout=latent_dropout,
-                device=device,
-                dtype=dtype,
-            )
-            for _ in range(num_layers)
-        )
-        self.norm = nn.LayerNorm(embed_dim, device=device, dtype=dtype)
-        self.head = nn.Linear(embed_dim, num_classes, device=device, dtype=dtype)
+        width = config.embed_dim
+        if width % 2:
+            raise ValueError(f"[LatteEncoder] embed_dim is {width}, expected an even number")
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, width, device=device, dtype=dtype)
+        self.blocks = _blocks(config, False, device, dtype)
+        self.norm = norm(config, device=device, dtype=dtype)
+        self.head = nn.Linear(width, num_classes, device=device, dtype=dtype)
         lecun_normal_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, tokens: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
         """Class logits (B,num_classes) for tokens (B,T); key_mask (B,T) is true for a real token.
 
-        A masked token has no influence, wherever it stands: positions count real tokens only. A
-        sequence without real tokens pools to zero.
+        Positions count real tokens only, so that padding has no influence, nor has a masked token
+        within a sequence unless the model has a window or a convolution, in which it keeps its
+        place. A sequence without real tokens pools to zero.
         """
         mask = torch.ones_like(tokens, dtype=torch.bool) if key_mask is None else key_mask
         x = self.embedding(tokens)
         x = x + sinusoidal_positions(mask.cumsum(1) - 1, x.shape[-1]).to(x.dtype)
-        x = F.dropout(x, self.dropout, self.training)
+        x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, key_mask=key_mask)
         weight = mask.unsqueeze(2).to(x.dtype)
