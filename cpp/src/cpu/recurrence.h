@@ -18,8 +18,6 @@ using cpu::RecurrenceTask;
 // log a = -kPower r softplus(log_lambda), kept in powers of two: log2(a) = -r decay.
 template <class T>
 inline constexpr T kPower = 8;
-template <class T>
-inline constexpr T kLog2 = T(0.693147180559945309417);
 // Half of 1 / 1000: the derivative of a square root s is 1 / (2 s), bounded by 1000.
 template <class T>
 inline constexpr T kSteepest = T(5e-4);

@@ -275,7 +275,9 @@ LATTE_INLINE VecD interleave_high(VecD a, VecD b) { return VecD{a[1], b[1]}; }
 // exp(x) for x <= 88, below 2.5 + |x| / 20 ulp, from x = n log(2) + r. n times the float
 // nearest to log(2) is exact in a fused multiply-add, and that float is right to 1.9e-9: no second
 // step is needed. exp(0) == 1 exactly (a kept key must not decay), exp(-inf) == 0; NaN passes.
-inline constexpr float kLog2E = 1.44269504088896341f, kLog2 = 0.693147180559945309f;
+inline constexpr float kLog2E = 1.44269504088896341f;
+template <class T>
+inline constexpr T kLog2 = T(0.693147180559945309417);
 #if LATTE_VECTOR_BYTES == 64
 // 2^(i / 32).
 alignas(64) inline constexpr float kExp2Table[32] = {
@@ -293,7 +295,7 @@ LATTE_INLINE VecF exp(VecF x) {
   const __m512 magic = _mm512_set1_ps(393216.0f);
   const __m512 shifted = _mm512_fmadd_ps(bounded, _mm512_set1_ps(kLog2E), magic);
   const __m512 n = _mm512_sub_ps(shifted, magic);
-  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLog2), bounded);
+  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLog2<float>), bounded);
   const __m512 root = _mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)shifted,
                                              _mm512_load_ps(kExp2Table + 16));
   const __m512 q =
@@ -311,12 +313,12 @@ LATTE_INLINE VecF exp(VecF x) {
 #if LATTE_VECTOR_BYTES == 32
   const __m256 shifted = _mm256_fmadd_ps((__m256)x, _mm256_set1_ps(kLog2E), (__m256)magic);
   const VecF r = (VecF)_mm256_fnmadd_ps(_mm256_sub_ps(shifted, (__m256)magic),
-                                        _mm256_set1_ps(kLog2), (__m256)x);
+                                        _mm256_set1_ps(kLog2<float>), (__m256)x);
   const VecF z = (VecF)shifted;
 #elif defined(__aarch64__)
   const float32x4_t shifted = vfmaq_f32((float32x4_t)magic, (float32x4_t)x, vdupq_n_f32(kLog2E));
-  const VecF r =
-      (VecF)vfmsq_f32((float32x4_t)x, vsubq_f32(shifted, (float32x4_t)magic), vdupq_n_f32(kLog2));
+  const VecF r = (VecF)vfmsq_f32((float32x4_t)x, vsubq_f32(shifted, (float32x4_t)magic),
+                                 vdupq_n_f32(kLog2<float>));
   const VecF z = (VecF)shifted;
 #else
   // Without fused multiply-add r comes from Cody and Waite's split of log(2), which needs the
