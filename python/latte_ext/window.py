@@ -361,8 +361,12 @@ def macchiato_attention_step(
         )
     sink_tensors = _sink_tensors(op, q, sinks)
     triple = (None, None, None) if latent is None else latent.tensors()
+    dtype = _window_ops.compute_dtype(q, k, v)
+    if v.dtype != dtype:
+        # The latents' part of y has the dtype of their values, and is rounded in the sum only.
+        v_latent = (v if v_latent is None else v_latent).to(dtype)
     y: Tensor = _window_ops.macchiato_attention_step(
-        q_latent.to(_window_ops.compute_dtype(q, k, v)), k_latent, v_latent, q, k, v, *triple,
+        q_latent.to(dtype), k_latent, v_latent, q, k, v, *triple,
         *cache.tensors(), *sink_tensors, scale, float(latent_scale),
     )  # fmt: skip
     return y
