@@ -68,7 +68,7 @@ suite-aarch64:
 
 test-python: $(VENV)/installed
 	CI=1 $(BIN)/python -m pytest -q --durations=10 \
-	  --cov=latte_ext --cov-report=term --cov-fail-under=95
+	  --cov=latte_ext --cov-report=term --cov-fail-under=95 --numprocesses=2
 
 # The Python tests once more on each instruction set of this machine that test-python did not run.
 # Left out: test_reference.py, which runs no kernel, and what is marked slow, the compilation by
@@ -82,7 +82,7 @@ test-isas: $(VENV)/installed
 	  if ! LATTE_CPU_ISA=$$isa $(PRINT_ISA) >/dev/null 2>&1; then \
 	    echo "$$isa: NOT tested: this machine lacks it"; continue; fi; \
 	  echo "== tests/python on $$isa"; \
-	  LATTE_CPU_ISA=$$isa CI=1 $(BIN)/python -m pytest -q -m "not slow" \
+	  LATTE_CPU_ISA=$$isa CI=1 $(BIN)/python -m pytest -q -m "not slow" --numprocesses=2 \
 	    --ignore=tests/python/test_reference.py || exit 1; \
 	done
 

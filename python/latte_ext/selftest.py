@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from . import _core, reference
+from .convolution import short_conv
 from .functional import latent_attention, latent_attention_step
+from .recurrence import linear_recurrence, rg_lru
 from .state import LatentState
+from .window import macchiato_attention, sliding_window_attention
 
 # Rounding of the output to the dtype, plus float32 arithmetic over a few hundred tokens.
 _TOLERANCE = {
@@ -49,6 +52,40 @@ def _values_and_gradients(dtype: torch.dtype, causal: bool) -> float:
     return worst
 
 
+_Operator = Callable[..., Tensor]
+# Each with the shapes of its arguments.
+_OPERATORS: dict[str, tuple[_Operator, tuple[tuple[int, ...], ...]]] = {
+    "sliding_window_attention": (
+        partial(sliding_window_attention, window=40),
+        ((2, 4, 130, 43), (2, 2, 130, 43), (2, 2, 130, 32)),
+    ),
+    "macchiato_attention": (
+        partial(macchiato_attention, window=40),
+        ((2, 4, 130, 17), (2, 1, 130, 16), (2, 4, 130, 43), (2, 2, 130, 43), (2, 2, 130, 32)),
+    ),
+    "linear_recurrence": (linear_recurrence, ((2, 130, 43), (2, 130, 43))),
+    "rg_lru": (rg_lru, ((2, 130, 43), (2, 130, 43), (2, 130, 43), (43,))),
+    "short_conv": (short_conv, ((2, 130, 43), (43, 4), (43,))),
+}
+
+
+def _operator(name: str) -> float:
+    """Largest error of a float32 operator and its gradients over the reference's largest value."""
+    operator, shapes = _OPERATORS[name]
+    generator = torch.Generator().manual_seed(0)
+    # tanh: a recurrence with |a| > 1 grows beyond float32.
+    doubles = [
+        torch.randn(shape, generator=generator, dtype=torch.float64).tanh().requires_grad_()
+        for shape in shapes
+    ]
+    inputs = [x.detach().float().requires_grad_() for x in doubles]
+    y, expected = operator(*inputs), operator(*doubles, backend="reference")
+    gradients = torch.autograd.grad(y.double().square().sum(), inputs)
+    expected_gradients = torch.autograd.grad(expected.square().sum(), doubles)
+    pairs = zip((y.detach(), *gradients), (expected.detach(), *expected_gradients), strict=True)
+    return max(_error(got, want) for got, want in pairs)
+
+
 def _split_and_step() -> float:
     """T1: whole sequence = two pieces = token by token."""
     q, k, v = _inputs(torch.float32, 130, 43, 43)
@@ -74,6 +111,7 @@ def main() -> int:
         for causal in (True, False)
     ]
     checks.append(("split and step", _split_and_step, _TOLERANCE[torch.float32]))
+    checks += [(name, partial(_operator, name), _TOLERANCE[torch.float32]) for name in _OPERATORS]
     failures = 0
     print(f"latte_ext selftest on {_core.cpu_isa()}: largest error over the largest value")
     for name, check, tolerance in checks:
