@@ -15,8 +15,11 @@ from pathlib import Path
 import torch
 
 from .._progress import Bar
-from . import report
-from .cases import EXTRA_GROUPS, GROUPS, SIZES, Bench
+from . import mixers, report
+from .cases import EXTRA_GROUPS, SIZES, Bench
+from .cases import GROUPS as ATTENTION_GROUPS
+
+GROUPS = ATTENTION_GROUPS | mixers.GROUPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

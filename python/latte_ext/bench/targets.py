@@ -47,7 +47,15 @@ class Outcome(NamedTuple):
 
 _V4, _V3 = "x86-64-v4", "x86-64-v3"
 
+_RECURRENCES = tuple(
+    Target(f"{op} {which}, float32, of copy bandwidth", f"recurrences/{op}/{which}/float32/copy/1",
+           ">=", limit)
+    for op in ("linear_recurrence", "rg_lru", "short_conv")
+    for which, limit in (("forward", 0.6), ("backward", 0.5))
+)  # fmt: skip
+
 TARGETS = (
+    *_RECURRENCES,
     Target("forward, L = 64, 1 thread", "causal/forward/1x8x*x64x64/1", ">=", 0.76, _V4),
     Target("forward, L = 64, all threads", "causal/forward/1x8x*x64x64/all", ">=", 0.74, _V4),
     Target("forward, L = 128", "causal/forward/1x8x*x128x64/1", ">=", 0.80, _V4),
