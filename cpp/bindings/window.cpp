@@ -144,9 +144,10 @@ void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q,
                     Object mean, Object total, Object log_sum, Object wide, Object dy,
                     Object d_final_norm, Object d_final_mean, Object dq_latent, Object dk_latent,
                     Object dv_latent, Object dq, Object dk, Object dv, Object d_norm, Object d_mean,
-                    int64_t window, int64_t past, bool causal, double scale, double latent_scale,
-                    int threads) {
+                    bool one_value, int64_t window, int64_t past, bool causal, double scale,
+                    double latent_scale, int threads) {
   MacchiatoBackward p;
+  p.one_value = one_value;
   p.q_latent = tensor_from_torch(q_latent);
   p.y = tensor_from_torch(total);
   p.latent.k = tensor_from_torch(k_latent);
@@ -213,9 +214,9 @@ void define_window(py::module_& m) {
         py::arg("mean"), py::arg("total"), py::arg("log_sum"), py::arg("wide"), py::arg("dy"),
         py::arg("d_final_norm"), py::arg("d_final_mean"), py::arg("dq_latent"),
         py::arg("dk_latent"), py::arg("dv_latent"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
-        py::arg("d_norm"), py::arg("d_mean"), py::arg("window"), py::arg("past"), py::arg("causal"),
-        py::arg("scale"), py::arg("latent_scale"), py::arg("threads"),
-        "Writes the gradients of all inputs and of the initial state.");
+        py::arg("d_norm"), py::arg("d_mean"), py::arg("one_value"), py::arg("window"),
+        py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("latent_scale"),
+        py::arg("threads"), "Writes the gradients of all inputs and of the initial state.");
   m.def("macchiato_step", &gated_step, py::arg("q_latent"), py::arg("k_latent"),
         py::arg("v_latent"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("max"),
         py::arg("norm"), py::arg("mean"), py::arg("key"), py::arg("value"), py::arg("valid"),

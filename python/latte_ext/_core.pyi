@@ -294,6 +294,7 @@ def macchiato_backward(
     dv: Tensor,
     d_norm: Tensor | None,
     d_mean: Tensor | None,
+    one_value: bool,
     window: int,
     past: int,
     causal: bool,

@@ -368,19 +368,18 @@ def _macchiato_backward_cpu(
 ) -> tuple[Tensor, ...]:
     outputs = _macchiato_gradients(q_latent, k_latent, v_latent, q, k, v, norm, mean)
     dq_latent, dk_latent, dv_latent, dq, dk, dv, d_norm, d_mean = outputs
-    shared = v_latent is None and k_latent.shape[3] > 0
-    # Shared values get their two parts unrounded and are rounded once.
-    parts = [v.new_empty(v.shape, dtype=wide.dtype) for _ in range(2)] if shared else []
+    shared = v_latent is None
+    if shared:
+        # Both parts of dv meet there unrounded.
+        dv_latent = dv if dv.dtype == wide.dtype else dv.new_empty(dv.shape, dtype=wide.dtype)
     _core.macchiato_backward(
         q_latent, k_latent, v if v_latent is None else v_latent, q, k, v, latent_mask, key_mask,
         cu_seqlens, max, norm, mean, total, log_sum, wide, dy, d_final_norm, d_final_mean,
-        dq_latent, dk_latent, parts[0] if shared else dv_latent, dq, dk, parts[1] if shared else dv,
-        None if norm is None else d_norm, None if mean is None else d_mean, window, past, causal,
-        scale, latent_scale, torch.get_num_threads(),
+        dq_latent, dk_latent, dv_latent, dq, dk, dv, None if norm is None else d_norm,
+        None if mean is None else d_mean, shared, window, past, causal, scale, latent_scale,
+        torch.get_num_threads(),
     )  # fmt: skip
-    if shared:
-        torch.add(*parts, out=dv)
-    elif k_latent.shape[3] == 0:
+    if not shared and k_latent.shape[3] == 0:
         dv_latent.zero_()
     return tuple(outputs)
 

@@ -217,6 +217,9 @@ struct MacchiatoBackward {
   LatentAttentionBackward latent;  // dy and dq are not looked at; dk, dv of k and v
   SlidingWindowBackward window;    // dy of the sum
   Tensor dq_latent;
+  // Latents and window share one v: window.dv receives both parts and latent.dv, in the compute
+  // type, is scratch. The two may be one tensor.
+  bool one_value = false;
 };
 
 struct MacchiatoStep {

@@ -427,6 +427,12 @@ WindowProblem validate(const MacchiatoBackward& p) {
   const DType compute = compute_dtype(problem.is_double);
   validate_rows(check, "y", p.y, problem, {compute});
   check.gradient("dq_latent", p.q_latent, p.dq_latent, compute);
+  if (p.one_value && problem.latents > 0) {
+    const int64_t (&shape)[4] = p.window.v.shape;
+    check.shape("latent.dv", p.latent.dv, {shape[0], shape[1], shape[2], shape[3]},
+                "(batch, key/value heads, tokens, channels) of v");
+    check.dtype("latent.dv", p.latent.dv, {compute});
+  }
   return problem;
 }
 

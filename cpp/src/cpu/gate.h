@@ -17,13 +17,20 @@ namespace latte::LATTE_ISA {
 using cpu::Column;
 using cpu::WindowTask;
 
+// The latents' columns of a row in whole vectors; never none, so that there is a row to read.
 template <class T, class Task>
 LATTE_INLINE int64_t gate_width(const Task& task) {
-  return round_up<T>(1 + task.latents);
+  return round_up<T>(task.latents > 0 ? task.latents : 1);
 }
 template <class T, class Task>
 LATTE_INLINE int64_t gate_size(const Task& task) {
   return cpu::kWindowQueries * gate_width<T>(task);
+}
+// The same rows from column 1 on.
+template <class T>
+LATTE_INLINE cpu::Rows behind_gate(cpu::Rows rows) {
+  rows.data = static_cast<T*>(rows.data) + rows.stride_c;
+  return rows;
 }
 template <class T>
 LATTE_INLINE T& at(const Column& column, int64_t t, int64_t g) {
@@ -38,34 +45,35 @@ LATTE_INLINE cpu::Rows head_of(cpu::Rows rows, int64_t g) {
   return rows;
 }
 
-// share and rest of n <= kWindowQueries rows; `rows`, gate_size() numbers, keeps exp(q - max q)
-// with column 0 zeroed. A row that is -inf throughout has neither.
-template <class T, class Task>
+// share and rest of n <= kWindowQueries rows, which are of the compute type. A row that is -inf
+// throughout has neither. kKeep: `rows`, gate_size() numbers, keeps exp(q - max q) of the latents.
+template <class T, bool kKeep, class Task>
 inline void gate_rows(const Task& task, int64_t g, int64_t first, int64_t n, T* rows, T* share,
                       T* rest) {
   constexpr int64_t lanes = kLanes<T>;
   const int64_t width = gate_width<T>(task);
-  const Source<T> source(head_of<T>(task.gate, g), PerRow::every, 1 + task.latents, 1,
-                         kAbsentLogit<T>, T(task.gate_scale));
-  source.copy(first, n, rows, width);
-  Vec<T> behind = splat(T(1));
-  behind[0] = 0;
+  const cpu::Rows all = head_of<T>(task.gate, g);
+  const Source<T> source(behind_gate<T>(all), PerRow::every, task.latents, 1, kAbsentLogit<T>,
+                         T(task.gate_scale));
+  if (task.latents == 0)
+    for (int64_t i = 0; i < n * width; i += lanes) store(rows + i, splat(kAbsentLogit<T>));
+  const RowsInUse<T> latents =
+      task.latents > 0 ? RowsInUse<T>(source, first, n, rows, width) : RowsInUse<T>(rows, width);
   alignas(64) T zeroth[cpu::kWindowQueries] = {};
   alignas(64) Vec<T> sums[cpu::kWindowQueries];
-  for (int64_t i = 0; i < cpu::kWindowQueries; ++i) sums[i] = Vec<T>{};
+  for (int64_t i = n; i < cpu::kWindowQueries; ++i) sums[i] = Vec<T>{};
   for (int64_t i = 0; i < n; ++i) {
-    T* const row = rows + i * width;
-    Vec<T> m = load(row);
-    for (int64_t c = lanes; c < width; c += lanes) m = max(m, load(row + c));
+    const T* const row = latents.data + i * latents.stride;
+    const T own = static_cast<const T*>(all.data)[(first + i) * all.stride_t] * T(task.gate_scale);
+    Vec<T> m = splat(own);
+    for (int64_t c = 0; c < width; c += lanes) m = max(m, load(row + c));
     const T highest = reduce_max<T>(m);
-    const Vec<T> top = splat(highest >= kLowest<T> || highest != highest ? highest : T(0));
-    zeroth[i] = row[0] - top[0];
-    Vec<T> e = exp(load(row) - top) * behind;
-    store(row, e);
-    Vec<T> sum = e;
-    for (int64_t c = lanes; c < width; c += lanes) {
-      e = exp(load(row + c) - top);
-      store(row + c, e);
+    const T top = highest >= kLowest<T> || highest != highest ? highest : T(0);
+    zeroth[i] = own - top;
+    Vec<T> sum = {};
+    for (int64_t c = 0; c < width; c += lanes) {
+      const Vec<T> e = exp(load(row + c) - splat(top));
+      if constexpr (kKeep) store(rows + i * width + c, e);
       sum += e;
     }
     sums[i] = sum;
@@ -112,7 +120,7 @@ inline void gate_gradient(const WindowTask& task, Arena arena) {
     const int64_t n = left < cpu::kWindowQueries ? left : cpu::kWindowQueries;
     dy.copy(first, n, s.dy, width);
     const RowsInUse<T> ys(y, first, n, s.y, width), locals(local, first, n, s.local, width);
-    gate_rows(task, 0, first, n, s.gate, s.share, s.rest);
+    gate_rows<T, false>(task, 0, first, n, s.gate, s.share, s.rest);
     for (int64_t i = 0; i < n; ++i) {
       const T* const row = s.dy + i * width;
       const T along_local = dot(row, locals.data + i * locals.stride, width);
@@ -133,24 +141,27 @@ inline void gate_spread(const WindowTask& task, Arena arena) {
   const GateScratch<T> s(arena, task);
   T* const rows = arena.take<T>(gate_size<T>(task));
   const int64_t width = gate_width<T>(task);
-  const Source<T> source(task.dq_latent, PerRow::every, 1 + task.latents, 1, T(0));
-  const Sink<T> sink(task.dq_latent, PerRow::every, 1 + task.latents, 1);
+  const cpu::Rows latents = behind_gate<T>(task.dq_latent);
+  const Source<T> source(latents, PerRow::every, task.latents, 1, T(0));
+  const Sink<T> sink(latents, PerRow::every, task.latents, 1);
   for (int64_t first = task.begin; first < task.end; first += cpu::kWindowQueries) {
     const int64_t left = task.end - first;
     const int64_t n = left < cpu::kWindowQueries ? left : cpu::kWindowQueries;
-    gate_rows(task, 0, first, n, s.gate, s.share, s.rest);
-    source.copy(first, n, rows, width);
+    for (int64_t i = 0; i < n; ++i)
+      static_cast<T*>(task.dq_latent.data)[(first + i) * task.dq_latent.stride_t] =
+          T(task.gate_scale) * at<T>(task.d_gate, first + i, 0);
+    if (task.latents == 0) continue;
+    gate_rows<T, true>(task, 0, first, n, s.gate, s.share, s.rest);
+    const RowsInUse<T> old(source, first, n, rows, width);
     for (int64_t i = 0; i < n; ++i) {
-      T *const row = rows + i * width, *const e = s.gate + i * width;
+      const T* const e = s.gate + i * width;
       Vec<T> sum = {};
       for (int64_t c = 0; c < width; c += kLanes<T>) sum += load(e + c);
       const T others = reduce_add<T>(sum);
       const T d = T(task.gate_scale) * at<T>(task.d_gate, first + i, 0);
       const Vec<T> factor = splat(others == 0 ? T(0) : -d / others);
-      row[0] = 0;
       for (int64_t c = 0; c < width; c += kLanes<T>)
-        store(row + c, load(row + c) + factor * load(e + c));
-      row[0] = d;
+        store(rows + i * width + c, load(old.data + i * old.stride + c) + factor * load(e + c));
     }
     sink.write(first, n, [&](int64_t i, int64_t c) { return load(rows + i * width + c); });
   }

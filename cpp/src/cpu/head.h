@@ -39,6 +39,7 @@ struct RowsInUse {
   const T* data;
   int64_t stride;
 
+  RowsInUse(const T* rows, int64_t rows_stride) : data(rows), stride(rows_stride) {}
   RowsInUse(const Source<T>& source, int64_t first, int64_t n, T* scratch, int64_t scratch_stride,
             int64_t max_stride = INT64_MAX)
       : data(scratch), stride(scratch_stride) {

@@ -94,7 +94,7 @@ inline constexpr int64_t kStreamBytes = int64_t{1} << 25;
 // Window attention. Queries per block: a band of `window` keys per query needs window + this many
 // per block. Keys per step of the online softmax: their logits, keys and values fill a first-level
 // cache.
-inline constexpr int64_t kWindowQueries = 32;
+inline constexpr int64_t kWindowQueries = 64;
 inline constexpr int64_t kWindowKeys = 64;
 
 // Queries of a task, out of `total` over all sequences and heads: 4 tasks per thread, but no cut

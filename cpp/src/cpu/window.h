@@ -72,6 +72,11 @@ class Band {
   int64_t from(int64_t first, int64_t key) const { return key - origin - first - after; }
   int64_t to(int64_t first, int64_t key) const { return key - origin - first + before + 1; }
 
+  // Tiles of logits of a block of queries, about.
+  template <class T>
+  int64_t tiles() const {
+    return (kPair<T> + before + after) / kTileRows * (kQ / kPair<T>)+1;
+  }
   // Blocks of keys that the queries of one block touch, at most.
   int64_t blocks() const {
     const int64_t n = (kQ + before + after) / kK + 2, all = total / kK + 1;
@@ -87,6 +92,38 @@ struct KeyBlock {
   T *k, *v, *dk, *dv;
   bool* hidden;  // per row, masked or outside of the sequence
   bool *any_hidden, *finite;
+};
+
+// Rows that the next block of queries will read, fetched a few lines at a time between the products
+// of this one: read in a burst, they would each miss the caches (22 % of a forward pass).
+class RowPrefetch {
+ public:
+  template <class T>
+  void add(const RowView<T>& rows, int64_t first, int64_t end) {
+    if (!rows.one_piece() || first >= end) return;
+    pieces_[count_++] = {rows.row_address(first), rows.stride_bytes(), rows.row_bytes(),
+                         end - first};
+    rows_ += end - first;
+  }
+  // Spreads them over so many calls of some().
+  void pace(int64_t calls) { pace_ = (rows_ + calls - 1) / calls; }
+  LATTE_INLINE void some() {
+    for (int64_t i = 0; i < pace_ && next_ < count_; ++i) {
+      Piece& piece = pieces_[next_];
+      for (int64_t byte = 0; byte < piece.bytes; byte += 64) prefetch<2>(piece.row + byte);
+      piece.row += piece.stride;
+      if (--piece.rows == 0) ++next_;
+    }
+  }
+  void clear() { count_ = next_ = rows_ = 0; }
+
+ private:
+  struct Piece {
+    const char* row;
+    int64_t stride, bytes, rows;
+  };
+  Piece pieces_[8];
+  int64_t count_ = 0, next_ = 0, rows_ = 0, pace_ = 0;
 };
 
 // The blocks in use, packed in order and reused in a ring.
@@ -123,6 +160,12 @@ class KeyRing {
   void pack(const WindowTask& task, int64_t lo, int64_t hi) {
     if (begin_ < 0) begin_ = end_ = lo / kK;
     for (; end_ * kK < hi; ++end_) pack_block(task, end_);
+  }
+  // The rows behind what is packed that the keys up to `hi` take.
+  void expect(const WindowTask& task, int64_t hi, RowPrefetch& prefetch) const {
+    const Clip rows = clip(end_ * kK - band_.pad, hi - band_.pad, 0, task.keys);
+    prefetch.add(RowView<T>(task.k, PerRow::every, task.key_dim, 1), rows.begin, rows.end);
+    prefetch.add(RowView<T>(task.v, PerRow::every, task.dim, 1), rows.begin, rows.end);
   }
   bool was_packed(int64_t block) const { return block >= begin_ && block < end_; }
 
@@ -190,13 +233,26 @@ LATTE_INLINE Vec<T> iota(int64_t first) {
   return x;
 }
 
-// products[r][q] = rows[r] . queries[q] for rows [begin, end) and the pair of query vectors at q.
+// products[r][q] = rows[r] . queries[q] for rows [begin, end) of block `index` and the pair of
+// query vectors that begins with query `first`. A vector that sees none of a tile's keys is left
+// out.
 template <class T>
-LATTE_INLINE void key_products(int64_t begin, int64_t end, int64_t width, int64_t channels,
-                               const T* rows, const T* panel, T* products) {
-  for (int64_t r = begin; r < end; r += kTileRows)
+LATTE_INLINE void key_products(const Band& band, int64_t index, int64_t first, Clip rows,
+                               int64_t width, int64_t channels, const T* keys, const T* panel,
+                               T* products, RowPrefetch& prefetch) {
+  constexpr int64_t lanes = kLanes<T>;
+  for (int64_t r = rows.begin; r < rows.end; r += kTileRows) {
+    prefetch.some();
+    const int64_t key = index * kK + r;
+    // Of tiles that queries come in, which narrow vectors share.
+    const Clip seen = clip(band.from(first, key) / kTileRows * kTileRows,
+                           band.to(first, key + kTileRows - 1) + kTileRows - 1, 0, kPair<T>);
+    const bool low = seen.begin<lanes, high = seen.end> lanes;
+    const int64_t c = low ? 0 : lanes;
     multiply<T, Layout::by_row>(
-        {channels, rows + r * width, width, panel, kPair<T>, products + r * kQ, kQ, false}, 2);
+        {channels, keys + r * width, width, panel + c, kPair<T>, products + r * kQ + c, kQ, false},
+        low && high ? 2 : 1);
+  }
 }
 
 // Logits out of the band, and of hidden keys, become -inf. Rows [begin, end) of block `index`, the
@@ -258,9 +314,24 @@ class WindowForward {
     const int64_t lo = band_.lowest(first), hi = band_.highest(first + n);
     if (lo < hi) {
       ring_.pack(task_, lo, hi);
+      expect(first + kQ);
       for (int64_t index = lo / kK; index * kK < hi; ++index) keys(index, first, n);
     }
     finish(first, n);
+  }
+
+  // What the queries from `next` on will read.
+  void expect(int64_t next) {
+    prefetch_.clear();
+    const int64_t last = next + kQ < task_.end ? next + kQ : task_.end;
+    if (next >= last) return;
+    prefetch_.add(RowView<T>(task_.q, PerRow::every, task_.key_dim, 1), next, last);
+    ring_.expect(task_, band_.highest(last), prefetch_);
+    if (task_.gate.data) {
+      prefetch_.add(RowView<T>(task_.gate, PerRow::every, 1 + task_.latents, 1), next, last);
+      prefetch_.add(RowView<T>(task_.global, PerRow::every, task_.dim, 1), next, last);
+    }
+    prefetch_.pace(band_.tiles<T>());
   }
 
   void keys(int64_t index, int64_t first, int64_t n) {
@@ -270,13 +341,14 @@ class WindowForward {
       const auto [begin, end] = band_.template pair_rows<T>(index, first + q);
       if (begin >= end) continue;
       T* const logits = weights_ + q;
-      key_products(begin, end, key_width_, task_.key_dim, block.k, queries_ + q * key_width_,
-                   logits);
+      key_products(band_, index, first + q, {begin, end}, key_width_, task_.key_dim, block.k,
+                   queries_ + q * key_width_, logits, prefetch_);
       hide(band_, block, index, first + q, begin, end, logits);
       weigh(begin, end, q);
     }
     rescale(n);
     for (int64_t q = 0; q < n; q += kTileRows) {
+      prefetch_.some();
       if (*block.finite) {
         add_values<kTileRows>(block, band_.rows(index, first + q, first + q + kTileRows), q);
       } else {
@@ -346,18 +418,18 @@ class WindowForward {
     }
     write(task_.local, first, n);
     if (task_.gate.data) {
-      if (task_.latents > 0) {
-        const Source<T> global(task_.global, PerRow::every, task_.dim, 1, T(0));
-        global.copy(first, n, global_, value_width_);
-      } else {
-        __builtin_memset(global_, 0, kQ * value_width_ * sizeof(T));
-      }
-      gate_rows(task_, 0, first, n, gate_, share_, rest_);
+      // Without latents the rows have no meaning yet, and rest is zero.
+      if (task_.latents == 0) __builtin_memset(global_, 0, kQ * value_width_ * sizeof(T));
+      const Source<T> source(task_.global, PerRow::every, task_.dim, 1, T(0));
+      const RowsInUse<T> global = task_.latents > 0
+                                      ? RowsInUse<T>(source, first, n, global_, value_width_)
+                                      : RowsInUse<T>(global_, value_width_);
+      gate_rows<T, false>(task_, 0, first, n, gate_, share_, rest_);
       for (int64_t i = 0; i < n; ++i) {
         const Vec<T> share = splat(share_[i]), rest = splat(rest_[i]);
         for (int64_t c = 0; c < value_width_; c += kLanes<T>) {
           T* const p = sums_ + i * value_width_ + c;
-          store(p, share * load(p) + rest * load(global_ + i * value_width_ + c));
+          store(p, share * load(p) + rest * load(global.data + i * global.stride + c));
         }
       }
       write(task_.global, first, n);
@@ -374,6 +446,7 @@ class WindowForward {
   const WindowTask& task_;
   const Band band_;
   KeyRing<T> ring_;
+  RowPrefetch prefetch_;
   int64_t key_width_, value_width_;
   T *rows_, *queries_, *weights_, *sums_, *top_, *norm_, *alpha_, *share_, *rest_;
   T *global_ = nullptr, *gate_ = nullptr;

@@ -207,124 +207,231 @@ class BackwardCall {
   Stage<SlidingWindowBackward> stage_;
 };
 
-LatentAttentionForward latents_of(const MacchiatoForward& p) {
-  LatentAttentionForward latent = p.latent;
-  latent.q = behind_gate(p.q_latent);
-  latent.cu_seqlens = p.window.cu_seqlens;
-  latent.causal = p.window.causal;
-  return latent;
-}
+// Some batch rows and key/value heads of a call with latents. The stages of a part follow each
+// other while what passes between them is in cache.
+class Part {
+ public:
+  // The first part of a call; `latent_heads` are those of the latents' keys.
+  Part(const WindowProblem& problem, int64_t latent_heads, int threads)
+      : problem_(problem), batches_(problem.batch), heads_(problem.kv_heads) {
+    if (problem.batch < 1 || latent_heads % problem.kv_heads != 0) return;
+    int64_t enough = 1;
+    while (enough < problem.kv_heads && (enough < threads || problem.kv_heads % enough != 0))
+      ++enough;
+    heads_ = enough;
+    const int64_t rows = (threads + heads_ - 1) / heads_;
+    batches_ = rows < problem.batch ? rows : problem.batch;
+  }
+
+  bool next() {
+    head_ += heads_;
+    if (head_ >= problem_.kv_heads) {
+      head_ = 0;
+      batch_ += batches_;
+    }
+    return batch_ < problem_.batch;
+  }
+
+  WindowProblem problem() const {
+    WindowProblem part = problem_;
+    part.batch = batches();
+    part.heads = problem_.heads / problem_.kv_heads * heads_;
+    part.kv_heads = heads_;
+    if (!part.packed) part.sequences = part.batch;
+    return part;
+  }
+
+  // Of a tensor (B, heads, ..), or (N, heads, ..): packed sequences are not parted.
+  Tensor of(const Tensor& t) const {
+    Tensor part = rows(t);
+    if (!present(t)) return part;
+    const int64_t group = t.shape[1] / problem_.kv_heads;
+    part.shape[1] = heads_ * group;
+    part.data = at(part, head_ * group * t.stride[1]);
+    return part;
+  }
+  // Of a tensor (B, ..).
+  Tensor rows(const Tensor& t) const {
+    Tensor part = t;
+    if (!present(t) || problem_.packed) return part;
+    part.shape[0] = batches();
+    part.data = at(t, batch_ * t.stride[0]);
+    return part;
+  }
+  State of(const State& s) const { return {of(s.max), of(s.norm), of(s.mean)}; }
+
+ private:
+  int64_t batches() const {
+    const int64_t left = problem_.batch - batch_;
+    return batches_ < left ? batches_ : left;
+  }
+
+  const WindowProblem& problem_;
+  int64_t batches_, heads_, batch_ = 0, head_ = 0;
+};
 
 class MacchiatoForwardCall {
  public:
   MacchiatoForwardCall(const MacchiatoForward& p, int threads)
-      : p_(p),
-        problem_(validate(p)),
-        threads_(threads),
-        latent_(latents_of(p)),
-        window_(p.window, problem_, threads) {}
+      : p_(p), problem_(validate(p)), threads_(threads) {}
+
   int64_t bytes() const {
-    const int64_t latent = problem_.latents > 0 ? workspace_bytes(latent_, threads_) : 0;
-    return latent > window_.bytes() ? latent : window_.bytes();
+    const Stages stages(p_, part());
+    const int64_t window = ForwardCall(stages.window, stages.problem, threads_).bytes();
+    const int64_t latent =
+        problem_.latents > 0 ? workspace_bytes(stages.latent, threads_) : int64_t{0};
+    return latent > window ? latent : window;
   }
+
   void run(char* memory) const {
-    if (problem_.latents > 0) latent_attention_forward(latent_, memory, threads_);
     const bool same = p_.window.y.data == p_.latent.y.data;
-    window_.run(memory, [&](WindowTask& task, const auto& r, int64_t head) {
-      task.gate = rows_of(p_.q_latent, r.batch, head, r.first);
-      task.gate_scale = p_.latent.scale;
-      task.global = rows_of(p_.latent.y, r.batch, head, r.first);
-      if (same) task.y = {};
-    });
+    Part part = this->part();
+    do {
+      const Stages stages(p_, part);
+      if (problem_.latents > 0) latent_attention_forward(stages.latent, memory, threads_);
+      ForwardCall(stages.window, stages.problem, threads_)
+          .run(memory, [&](WindowTask& task, const auto& r, int64_t head) {
+            task.gate = rows_of(stages.q_latent, r.batch, head, r.first);
+            task.gate_scale = p_.latent.scale;
+            task.global = rows_of(stages.latent.y, r.batch, head, r.first);
+            if (same) task.y = {};
+          });
+    } while (part.next());
   }
 
  private:
+  struct Stages {
+    Stages(const MacchiatoForward& p, const Part& part)
+        : problem(part.problem()),
+          q_latent(part.of(p.q_latent)),
+          latent(p.latent),
+          window(p.window) {
+      latent.q = behind_gate(q_latent);
+      latent.k = part.of(latent.k);
+      latent.v = part.of(latent.v);
+      latent.key_mask = part.rows(latent.key_mask);
+      latent.cu_seqlens = window.cu_seqlens;
+      latent.initial = part.of(latent.initial);
+      latent.final = part.of(latent.final);
+      latent.y = part.of(latent.y);
+      latent.causal = window.causal;
+      for (Tensor* t : {&window.q, &window.k, &window.v, &window.y, &window.log_sum, &window.wide})
+        *t = part.of(*t);
+      window.key_mask = part.rows(window.key_mask);
+    }
+    WindowProblem problem;
+    Tensor q_latent;
+    LatentAttentionForward latent;
+    SlidingWindowForward window;
+  };
+
+  Part part() const { return {problem_, p_.latent.k.shape[1], threads_}; }
+
   const MacchiatoForward& p_;
   const WindowProblem problem_;
   int threads_;
-  LatentAttentionForward latent_;
-  ForwardCall window_;
 };
 
 class MacchiatoBackwardCall {
  public:
   MacchiatoBackwardCall(const MacchiatoBackward& p, int threads)
-      : p_(p),
-        problem_(validate(p)),
-        threads_(threads),
-        window_(p.window, problem_, threads),
-        gate_(p.window, problem_, WindowKernel::gate_gradient, problem_.heads, row_flops(problem_),
-              threads),
-        spread_(p.window, problem_, WindowKernel::gate_spread, problem_.heads, row_flops(problem_),
-                threads) {}
+      : p_(p), problem_(validate(p)), threads_(threads) {}
 
   int64_t bytes() const {
-    const int64_t latent =
-        problem_.latents > 0 ? workspace_bytes(latents(nullptr), threads_) : int64_t{0};
-    int64_t scratch = window_.bytes();
-    for (const int64_t n : {latent, gate_.bytes(), spread_.bytes()})
+    static char placeholder[kAlignment];
+    const Stages s(p_, part(), placeholder);
+    int64_t scratch = BackwardCall(s.window, s.problem, threads_).bytes();
+    for (const WindowKernel kernel : {WindowKernel::gate_gradient, WindowKernel::gate_spread}) {
+      const int64_t n = gate_stage(s, kernel).bytes();
       scratch = n > scratch ? n : scratch;
-    return d_global_bytes() + 3 * column_bytes() + scratch;
+    }
+    const int64_t latent = problem_.latents > 0 ? workspace_bytes(s.latent, threads_) : int64_t{0};
+    return s.bytes + (latent > scratch ? latent : scratch);
   }
 
-  void run(char* memory) const {
-    const Tensor d_global = d_global_at(memory);
-    memory += d_global_bytes();
-    Tensor columns[3];
-    for (Tensor& column : columns) {
-      column = dense(memory, compute(), {problem_.batch, problem_.heads, problem_.tokens});
-      memory += column_bytes();
-    }
-    const auto [share, delta, d_gate] = columns;
-    const auto gate = [&](WindowTask& task, const auto& r, int64_t head) {
-      task.gate = rows_of(p_.q_latent, r.batch, head, r.first);
-      task.gate_scale = p_.latent.scale;
-      task.share = column_of(share, r.batch, head, r.first);
-      task.delta = column_of(delta, r.batch, head, r.first);
-      task.d_gate = column_of(d_gate, r.batch, head, r.first);
-    };
-    gate_.run(memory, [&](WindowTask& task, const auto& r, int64_t head, int64_t) {
-      gate(task, r, head);
-      task.dy = rows_of(p_.window.dy, r.batch, head, r.first);
-      task.global = rows_of(p_.y, r.batch, head, r.first);
-      if (problem_.latents > 0) task.d_global = rows_of(d_global, r.batch, head, r.first);
-    });
-    if (problem_.latents > 0)
-      latent_attention_backward(latents(static_cast<char*>(d_global.data)), memory, threads_);
-    spread_.run(memory, [&](WindowTask& task, const auto& r, int64_t head, int64_t) {
-      gate(task, r, head);
-      task.dq_latent = rows_of(p_.dq_latent, r.batch, head, r.first);
-    });
-    window_.run(memory, gate);
+  void run(char* base) const {
+    Part part = this->part();
+    do {
+      const Stages s(p_, part, base);
+      char* const memory = base + s.bytes;
+      const auto gate = [&](WindowTask& task, const auto& r, int64_t head) {
+        task.gate = rows_of(s.q_latent, r.batch, head, r.first);
+        task.gate_scale = p_.latent.scale;
+        task.share = column_of(s.share, r.batch, head, r.first);
+        task.delta = column_of(s.delta, r.batch, head, r.first);
+        task.d_gate = column_of(s.d_gate, r.batch, head, r.first);
+      };
+      gate_stage(s, WindowKernel::gate_gradient)
+          .run(memory, [&](WindowTask& task, const auto& r, int64_t head, int64_t) {
+            gate(task, r, head);
+            task.dy = rows_of(s.window.dy, r.batch, head, r.first);
+            task.global = rows_of(s.y, r.batch, head, r.first);
+            if (problem_.latents > 0) task.d_global = rows_of(s.latent.dy, r.batch, head, r.first);
+          });
+      if (problem_.latents > 0) latent_attention_backward(s.latent, memory, threads_);
+      gate_stage(s, WindowKernel::gate_spread)
+          .run(memory, [&](WindowTask& task, const auto& r, int64_t head, int64_t) {
+            gate(task, r, head);
+            task.dq_latent = rows_of(s.dq_latent, r.batch, head, r.first);
+          });
+      BackwardCall(s.window, s.problem, threads_)
+          .run(memory, [&](WindowTask& task, const auto& r, int64_t head) {
+            gate(task, r, head);
+            if (p_.one_value && problem_.latents > 0)
+              task.more_dv = rows_of(s.latent.dv, r.batch,
+                                     head / (s.problem.heads / s.problem.kv_heads), r.first_key);
+          });
+    } while (part.next());
   }
 
  private:
-  DType compute() const { return problem_.is_double ? DType::float64 : DType::float32; }
-  int64_t rows() const { return problem_.batch * problem_.heads * problem_.tokens; }
-  int64_t column_bytes() const { return round_up(rows() * element_size(compute())); }
-  int64_t d_global_bytes() const {
-    return problem_.latents > 0 ? round_up(rows() * problem_.dim * element_size(compute())) : 0;
-  }
-  Tensor d_global_at(char* memory) const {
-    return dense(memory, compute(),
-                 {problem_.batch, problem_.heads, problem_.tokens, problem_.dim});
-  }
-  LatentAttentionBackward latents(char* d_global) const {
-    static char placeholder;
-    LatentAttentionBackward latent = p_.latent;
-    latent.q = behind_gate(p_.q_latent);
-    latent.cu_seqlens = p_.window.cu_seqlens;
-    latent.causal = p_.window.causal;
-    latent.dq = behind_gate(p_.dq_latent);
-    latent.dy = d_global_at(d_global ? d_global : &placeholder);
-    return latent;
+  struct Stages {
+    // d_global and the columns lie at `memory`.
+    Stages(const MacchiatoBackward& p, const Part& part, char* memory)
+        : problem(part.problem()),
+          q_latent(part.of(p.q_latent)),
+          y(part.of(p.y)),
+          dq_latent(part.of(p.dq_latent)),
+          latent(p.latent),
+          window(p.window) {
+      const DType compute = problem.is_double ? DType::float64 : DType::float32;
+      const int64_t rows = problem.batch * problem.heads * problem.tokens;
+      const auto take = [&](int64_t count) {
+        char* const taken = memory + bytes;
+        bytes += round_up(count * element_size(compute));
+        return taken;
+      };
+      latent.dy = dense(take(problem.latents > 0 ? rows * problem.dim : 0), compute,
+                        {problem.batch, problem.heads, problem.tokens, problem.dim});
+      for (Tensor* column : {&share, &delta, &d_gate})
+        *column = dense(take(rows), compute, {problem.batch, problem.heads, problem.tokens});
+      latent.q = behind_gate(q_latent);
+      latent.dq = behind_gate(dq_latent);
+      for (Tensor* t : {&latent.k, &latent.v, &latent.dk, &latent.dv}) *t = part.of(*t);
+      for (State* s : {&latent.initial, &latent.d_final, &latent.d_initial}) *s = part.of(*s);
+      latent.key_mask = part.rows(latent.key_mask);
+      latent.cu_seqlens = window.cu_seqlens;
+      latent.causal = window.causal;
+      for (Tensor* t : {&window.q, &window.k, &window.v, &window.log_sum, &window.wide, &window.dy,
+                        &window.dq, &window.dk, &window.dv})
+        *t = part.of(*t);
+      window.key_mask = part.rows(window.key_mask);
+    }
+    WindowProblem problem;
+    Tensor q_latent, y, dq_latent, share, delta, d_gate;
+    LatentAttentionBackward latent;
+    SlidingWindowBackward window;
+    int64_t bytes = 0;
+  };
+
+  Part part() const { return {problem_, p_.latent.k.shape[1], threads_}; }
+  Stage<SlidingWindowBackward> gate_stage(const Stages& s, WindowKernel kernel) const {
+    return {s.window, s.problem, kernel, s.problem.heads, row_flops(s.problem), threads_};
   }
 
   const MacchiatoBackward& p_;
   const WindowProblem problem_;
   int threads_;
-  BackwardCall window_;
-  Stage<SlidingWindowBackward> gate_, spread_;
 };
 
 class StepCall {

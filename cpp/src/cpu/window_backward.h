@@ -54,6 +54,7 @@ class WindowBackward {
       if (own) __builtin_memset(dq_, 0, kQ * key_width_ * sizeof(T));
       if (some) {
         load_queries(first, n, g);
+        expect(first, g);
         for (int64_t index = keys.begin / kK; index * kK < keys.end; ++index)
           this->keys(index, first, n, own);
       }
@@ -63,6 +64,24 @@ class WindowBackward {
       dq.write(first, n,
                [&](int64_t i, int64_t c) { return load(dq_ + i * key_width_ + c) * scale; });
     }
+  }
+
+  // What the next head, or the queries of the next block, will read.
+  void expect(int64_t first, int64_t g) {
+    prefetch_.clear();
+    const bool same = g + 1 < task_.group;
+    const int64_t next = same ? first : first + kQ;
+    const int64_t last = next + kQ < task_.tokens ? next + kQ : task_.tokens;
+    if (next >= last) return;
+    const auto add = [&](const cpu::Rows& rows, int64_t channels) {
+      prefetch_.add(RowView<T>(head_of<T>(rows, same ? g + 1 : 0), PerRow::every, channels, 1),
+                    next, last);
+    };
+    add(task_.q, task_.key_dim);
+    add(task_.dy, task_.dim);
+    if (!task_.share.data) add(task_.local, task_.dim);
+    if (!same) ring_.expect(task_, band_.highest(last), prefetch_);
+    prefetch_.pace(2 * band_.tiles<T>());
   }
 
   void load_queries(int64_t first, int64_t n, int64_t g) {
@@ -106,10 +125,10 @@ class WindowBackward {
     for (int64_t q = 0; q < n; q += kPair<T>) {
       const auto [begin, end] = band_.template pair_rows<T>(index, first + q);
       if (begin >= end) continue;
-      key_products(begin, end, key_width_, task_.key_dim, block.k, q_panels_ + q * key_width_,
-                   weights_ + q);
-      key_products(begin, end, value_width_, task_.dim, block.v, dy_panels_ + q * value_width_,
-                   slopes_ + q);
+      key_products(band_, index, first + q, {begin, end}, key_width_, task_.key_dim, block.k,
+                   q_panels_ + q * key_width_, weights_ + q, prefetch_);
+      key_products(band_, index, first + q, {begin, end}, value_width_, task_.dim, block.v,
+                   dy_panels_ + q * value_width_, slopes_ + q, prefetch_);
       hide(band_, block, index, first + q, begin, end, weights_ + q);
       weigh(begin, end, q);
       all = {begin < all.begin ? begin : all.begin, end > all.end ? end : all.end};
@@ -157,7 +176,7 @@ class WindowBackward {
       }
   }
 
-  // Writes dk and dv of the own blocks before `block`; zeros where no query came by.
+  // Writes dk and dv of the own blocks before `block`.
   void flush(int64_t block) {
     const int64_t last = (own_.end + kK - 1) / kK;
     for (; flushed_ < block && flushed_ < last; ++flushed_) {
@@ -165,23 +184,34 @@ class WindowBackward {
       const int64_t shift = flushed_ * kK - band_.pad;
       const Clip rows = clip(-shift, task_.keys - shift, 0, kK);
       if (rows.begin >= rows.end) continue;
-      const bool met = ring_.was_packed(flushed_);
-      write(task_.dk, task_.key_dim, shift, rows, met ? keys.dk : nullptr, key_width_);
-      write(task_.dv, task_.dim, shift, rows, met ? keys.dv : nullptr, value_width_);
+      if (!ring_.was_packed(flushed_)) {  // no query came by
+        __builtin_memset(keys.dk, 0, kK * key_width_ * sizeof(T));
+        __builtin_memset(keys.dv, 0, kK * value_width_ * sizeof(T));
+      }
+      if (task_.more_dv.data) {
+        const Source<T> more(task_.more_dv, PerRow::every, task_.dim, 1, T(0));
+        more.for_each_vector(shift + rows.begin, rows.end - rows.begin,
+                             [&](int64_t i, int64_t c, Vec<T> x) {
+                               T* const p = keys.dv + (rows.begin + i) * value_width_ + c;
+                               store(p, load(p) + x);
+                             });
+      }
+      write(task_.dk, task_.key_dim, shift, rows, keys.dk, key_width_);
+      write(task_.dv, task_.dim, shift, rows, keys.dv, value_width_);
     }
   }
 
   void write(const Rows& to, int64_t channels, int64_t shift, Clip rows, const T* sums,
              int64_t width) const {
     const Sink<T> sink(to, PerRow::every, channels, 1);
-    sink.write(shift + rows.begin, rows.end - rows.begin, [&](int64_t i, int64_t c) {
-      return sums ? load(sums + (rows.begin + i) * width + c) : Vec<T>{};
-    });
+    sink.write(shift + rows.begin, rows.end - rows.begin,
+               [&](int64_t i, int64_t c) { return load(sums + (rows.begin + i) * width + c); });
   }
 
   const WindowTask& task_;
   const Band band_;
   KeyRing<T> ring_;
+  RowPrefetch prefetch_;
   int64_t key_width_, value_width_, flushed_ = 0;
   Clip own_ = {0, 0};
   T *q_, *q_panels_, *dq_, *dy_, *dy_panels_, *y_, *weights_, *slopes_, *log_sum_, *delta_;

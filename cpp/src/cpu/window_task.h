@@ -34,6 +34,7 @@ struct WindowTask {
   double gate_scale = 1.0;
 
   Rows dy, dq, dk, dv;
+  Rows more_dv;  // optional, compute type: added to dv, and may be dv
   Column d_log_sum;
   // With a gate, from the stage before: dy's factor and <dy, local> times it.
   Column share, delta;
