@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 OP = pytest.mark.parametrize("op", OPS)
 RECURRENCE = pytest.mark.parametrize("op", OPS[:2])
-# Around every vector width and tile (8 rows), and a row of more than one block (512).
+# Around every vector width and tile (4 rows), and a row of more than one block (512).
 CHANNELS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 32, 33, 64, 100, 513, 1040)
 LENGTHS = (0, 1, 2, 7, 8, 9, 16, 17, 63, 64, 65, 130)
 SIZES = [(LENGTHS[5 * i % 12], CHANNELS[i]) for i in range(15)]

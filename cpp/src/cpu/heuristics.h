@@ -66,7 +66,7 @@ inline constexpr int64_t kMinBlockChannels = 64;
 // Bytes per row's width by which a scan is ahead of itself with prefetches.
 inline constexpr int64_t kFetchBytes = 4096;
 // Rows that are converted to the compute type at once, where they cannot be used in place.
-inline constexpr int64_t kTileRows = 8;
+inline constexpr int64_t kTileRows = 4;
 
 // Blocks of channels: few and wide, but enough for `threads` if `rows_of_blocks` of them exist.
 constexpr int64_t channel_blocks(int64_t channels, int64_t rows_of_blocks, int threads) {

@@ -17,13 +17,42 @@ using cpu::kTileRows;
 template <class T>
 __attribute__((noinline)) void convert_rows(const Rows& rows, int64_t first, int64_t n,
                                             int64_t channels, T* out, int64_t stride) {
-  Source<T>(rows, PerRow::every, channels, 1, T(0)).copy(first, n, out, stride);
+  if (rows.stride_c != 1) {
+    Source<T>(rows, PerRow::every, channels, 1, T(0)).copy(first, n, out, stride);
+    return;
+  }
+  with_storage_type(T(), rows.dtype, [&](auto* storage) {
+    // Locals, since a store of a vector may change any member, for all the compiler knows.
+    const auto* row = static_cast<decltype(storage)>(rows.data) + first * rows.stride_t;
+    const int64_t step = rows.stride_t, whole = channels - channels % kLanes<T>;
+    const int64_t ahead = step * kTileRows;
+    for (int64_t i = 0; i < n; ++i, row += step, out += stride) {
+      for (int64_t c = 0; c < whole; c += kLanes<T>) {
+        prefetch<3>(row + c + ahead);
+        store(out + c, load_compute(row + c));
+      }
+      if (whole == channels) continue;
+      store(out + whole, splat(T(0)));
+      for (int64_t c = whole; c < channels; ++c) out[c] = to_compute(row[c]);
+    }
+  });
 }
 template <class T>
 __attribute__((noinline)) void write_rows(const Rows& rows, int64_t first, int64_t n,
                                           int64_t channels, const T* from, int64_t stride) {
-  Sink<T>(rows, PerRow::every, channels, 1).write(first, n, [&](int64_t i, int64_t c) {
-    return load(from + i * stride + c);
+  if (rows.stride_c != 1) {
+    Sink<T>(rows, PerRow::every, channels, 1).write(first, n, [&](int64_t i, int64_t c) {
+      return load(from + i * stride + c);
+    });
+    return;
+  }
+  with_storage_type(T(), rows.dtype, [&](auto* storage) {
+    auto* row = static_cast<decltype(storage)>(rows.data) + first * rows.stride_t;
+    const int64_t step = rows.stride_t, whole = channels - channels % kLanes<T>;
+    for (int64_t i = 0; i < n; ++i, row += step, from += stride) {
+      for (int64_t c = 0; c < whole; c += kLanes<T>) store_compute(row + c, load(from + c));
+      for (int64_t c = whole; c < channels; ++c) from_compute(from[c], row + c);
+    }
   });
 }
 
@@ -45,7 +74,7 @@ class TileSource {
   TileSource(Arena& arena, const Rows& rows, int64_t channels, int64_t tile_rows = kTileRows)
       : rows_(rows),
         channels_(channels),
-        stride_(round_up<T>(channels)),
+        stride_(padded_stride<T>(channels)),
         buffer_(arena.take<T>(tile_rows * stride_)),
         in_place_(rows.dtype == kComputeDType<T> && rows.stride_c == 1 &&
                   channels % kLanes<T> == 0) {
@@ -84,7 +113,7 @@ class TileSink {
   TileSink(Arena& arena, const Rows& rows, int64_t channels)
       : rows_(rows),
         channels_(channels),
-        stride_(round_up<T>(channels)),
+        stride_(padded_stride<T>(channels)),
         buffer_(arena.take<T>(kTileRows * stride_)),
         in_place_(rows.dtype == kComputeDType<T> && rows.stride_c == 1 &&
                   channels % kLanes<T> == 0) {}
