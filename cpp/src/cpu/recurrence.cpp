@@ -178,7 +178,7 @@ RecurrenceTask segment_of(RecurrenceTask t, int64_t begin, int64_t end, bool bac
   for (Rows* rows :
        {&t.a, &t.b, &t.h, &t.gate_a, &t.gate_x, &t.dh, &t.da, &t.db, &t.d_gate_a, &t.d_gate_x})
     *rows = shifted(*rows, begin, 0);
-  if (t.mask) t.mask += begin * t.mask_stride;
+  if (t.mask != nullptr) t.mask += begin * t.mask_stride;
   t.first -= begin;
   t.tokens = end - begin;
   return t;
