@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latte_ext import reference, rg_lru
+from latte_ext import reference
 from latte_ext.nn import (
     RGLRU,
     VARIANTS,
@@ -22,10 +22,8 @@ from latte_ext.nn import (
     LatteLM,
     LayerCache,
     MacchiatoAttention,
-    ShortConv,
 )
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 SETTINGS = settings(deadline=None, max_examples=6, derandomize=True, database=None)
@@ -142,13 +140,8 @@ def test_a_gated_mlp_has_about_as_many_weights(width: int) -> None:
         lambda: LatteLM(config("latte", kv_heads=3)),
         lambda: LatteLM(config("latte-conv-swa++", head_dim=3)),
         lambda: LatteLM(config("latte", latent_dropout=1.0)),
-        lambda: ShortConv(0),
-        lambda: ShortConv(4, 9),
-        lambda: RGLRU(6, 4),
         lambda: MacchiatoAttention(16, 4, 5, window=3, causal=False).step(torch.randn(1, 16), None),  # type: ignore[arg-type]
         lambda: MacchiatoAttention(16, 4, 5, window=3)(torch.randn(1, 3, 15)),
-        lambda: RGLRU(8, 2, causal=False)(torch.randn(1, 3, 8), return_state=True),
-        lambda: ShortConv(8, causal=False)(torch.randn(1, 3, 8), return_state=True),
     ],
 )
 def test_bad_parts_raise(call: Callable[[], object]) -> None:
@@ -233,43 +226,6 @@ def test_latent_dropout_drops_the_window_too() -> None:
     x = torch.randn(2, TOKENS, 16)
     assert (layer(x) == 0).all()
     assert (layer.eval()(x) != 0).any()
-
-
-# The mixers
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_convolution_is_torchs(causal: bool) -> None:
-    conv, x = ShortConv(16, 4, causal=causal), torch.randn(2, TOKENS, 16)
-    assert conv.bias is not None
-    nn.init.normal_(conv.bias)
-    padded = F.pad(x.mT, (3, 0) if causal else (1, 2))
-    expected = F.conv1d(padded, conv.weight.unsqueeze(1), conv.bias, groups=16).mT
-    close(conv(x), expected, 1e-5)
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_rglru_has_block_diagonal_gates(causal: bool) -> None:
-    mixer = RGLRU(6, 3, causal=causal, dtype=torch.float64)
-    nn.init.normal_(mixer.gate_bias)
-    x = torch.randn(2, TOKENS, 6, dtype=torch.float64)
-    expected = torch.zeros_like(x)
-    for direction in range(1 if causal else 2):
-        weight, bias = mixer.gate_weight[direction], mixer.gate_bias[direction]
-        gate_a, gate_x = (
-            x @ torch.block_diag(*weight[..., part]) + bias[:, part].flatten()
-            for part in (slice(2), slice(2, 4))
-        )
-        expected = expected + rg_lru(
-            x, gate_a, gate_x, mixer.log_lambda[direction], reverse=direction == 1
-        )
-    close(mixer(x), expected)
-
-
-def test_rglru_decays_start_between_their_bounds() -> None:
-    decay = torch.exp(-8 * F.softplus(RGLRU(4000, 100, dtype=torch.float64).log_lambda))
-    assert 0.9 <= decay.min() < 0.901
-    assert 0.998 < decay.max() <= 0.999
 
 
 # The theorems, for whole models

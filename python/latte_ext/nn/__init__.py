@@ -7,12 +7,13 @@ from .block import LayerCache as LayerCache
 from .config import VARIANTS as VARIANTS
 from .config import LatteConfig as LatteConfig
 from .macchiato import MacchiatoAttention as MacchiatoAttention
-from .mixers import RGLRU as RGLRU
-from .mixers import ShortConv as ShortConv
 from .model import LatteEncoder as LatteEncoder
 from .model import LatteLM as LatteLM
 from .multihead import MultiheadLatentAttention as MultiheadLatentAttention
 from .multihead import replace_attention as replace_attention
+from .recurrent import RGLRU as RGLRU
+from .recurrent import RecurrentState as RecurrentState
+from .recurrent import ShortConv as ShortConv
 
 __all__ = [
     "RGLRU",
@@ -25,6 +26,7 @@ __all__ = [
     "LayerCache",
     "MacchiatoAttention",
     "MultiheadLatentAttention",
+    "RecurrentState",
     "ShortConv",
     "replace_attention",
 ]

@@ -6,7 +6,7 @@ Notation: B batch, T tokens, E model width, N sequences (B, or len(cu_seqlens) -
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,14 +17,17 @@ from ..window_cache import MacchiatoState
 from .attention import lecun_normal_
 from .config import LatteConfig
 from .macchiato import MacchiatoAttention
-from .mixers import RGLRU, MixerState, ShortConv
+from .recurrent import RGLRU, RecurrentState, ShortConv
+
+# Of the convolution, of the RG-LRU, of no mixer.
+MixerState = Tensor | RecurrentState | None
 
 
 class LayerCache(NamedTuple):
     """What one causal block remembers of N sequences: a fixed size, whatever their lengths.
 
-    attention: latents and window; mixer: the convolution's last inputs (N,K-1,E), or h (N,E) of
-    the RG-LRU and whether a sequence has no token yet (N,), or nothing.
+    attention: latents and window; mixer: the convolution's last inputs (N,K-1,E), or the state of
+    the RG-LRU, or None.
     """
 
     attention: MacchiatoState
@@ -33,7 +36,7 @@ class LayerCache(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Memory of the tensors in bytes."""
-        return self.attention.nbytes + sum(x.numel() * x.element_size() for x in self.mixer)
+        return self.attention.nbytes + (0 if self.mixer is None else self.mixer.nbytes)
 
     def select(self, index: Sequence[int] | Sequence[bool] | Tensor) -> LayerCache:
         """The caches of some sequences, in new tensors, repeats allowed (beam search).
@@ -45,19 +48,26 @@ class LayerCache(NamedTuple):
             TypeError: index is neither integer nor bool. ValueError: it does not fit.
         """
         attention = self.attention.select(index)
-        return LayerCache(attention, tuple(x[torch.as_tensor(index)] for x in self.mixer))
+        chosen = torch.as_tensor(index)
+        return LayerCache(attention, _map(lambda x: x[chosen.to(x.device)], self.mixer))
 
     def clone(self) -> LayerCache:
         """A copy with memory of its own; differentiable."""
-        return LayerCache(self.attention.clone(), tuple(x.clone() for x in self.mixer))
+        return LayerCache(self.attention.clone(), _map(torch.clone, self.mixer))
 
     def detach(self) -> LayerCache:
         """The same memory, cut from the autograd graph."""
-        return LayerCache(self.attention.detach(), tuple(x.detach() for x in self.mixer))
+        return LayerCache(self.attention.detach(), _map(torch.detach, self.mixer))
 
     def to(self, device: torch.device | str) -> LayerCache:
         """The cache on device; shares memory if it is there already."""
-        return LayerCache(self.attention.to(device), tuple(x.to(device) for x in self.mixer))
+        return LayerCache(self.attention.to(device), _map(lambda x: x.to(device), self.mixer))
+
+
+def _map(function: Callable[[Tensor], Tensor], state: MixerState) -> MixerState:
+    if isinstance(state, RecurrentState):
+        return RecurrentState(*(function(x) for x in state))
+    return None if state is None else function(state)
 
 
 class LatteBlock(nn.Module):
@@ -123,7 +133,7 @@ class LatteBlock(nn.Module):
 
     def empty_cache(self, batch: int) -> LayerCache:
         """The cache of `batch` sequences without tokens."""
-        mixer = () if self.mixer is None else self.mixer.empty_state(batch)
+        mixer = None if self.mixer is None else self.mixer.empty_state(batch)
         return LayerCache(self.attention.empty_state(batch), mixer)
 
     def forward(
@@ -150,7 +160,7 @@ class LatteBlock(nn.Module):
         """
         normed = x_qk = self.attention_norm(x)
         rows = {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
-        mixer: MixerState = ()
+        mixer: MixerState = None
         if self.mixer is not None:
             x_qk = self.mixer(
                 normed,
@@ -177,7 +187,7 @@ class LatteBlock(nn.Module):
         """The output (N,E) for one more token x (N,E); `cache` is updated in place, no dropout."""
         normed = x_qk = self.attention_norm(x)
         if self.mixer is not None:
-            x_qk = self.mixer.step(normed, cache.mixer)
+            x_qk = self.mixer.step(normed, cache.mixer)  # type: ignore[arg-type]
         return self._mlp(x + self.attention.step(normed, cache.attention, x_qk=x_qk))
 
     def _mlp(self, x: Tensor) -> Tensor:
