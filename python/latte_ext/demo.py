@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from . import _demo_timing as timing
 from ._demo_text import BYTES, Corpus, load_corpus, ngram_bits, window_starts
 from ._progress import Bar
-from .nn import LatteConfig, LatteLM
+from .nn import VARIANTS, LatteConfig, LatteLM
 from .nn.model import sample_token
 
 # Bits per byte that the model has to end below the trigram.
@@ -34,7 +34,10 @@ REQUIRED_GAIN = 0.2
 # The model and its training. Found by trials of 40 s on one core: small and many steps beats wider
 # or deeper, and more heads of few latents beat fewer of many.
 EMBED_DIM, NUM_LAYERS, NUM_HEADS, NUM_LATENTS = 96, 2, 8, 16
+WINDOW = 32
 SEQUENCE, BATCH = 128, 8
+# The best of examples/results/language_model.md.
+VARIANT = "latte-conv++"
 LEARNING_RATE, WARMUP, WEIGHT_DECAY, BETAS = 5e-3, 0.03, 0.01, (0.9, 0.99)
 GRADIENT_NORM = 1.0
 SEED = 0
@@ -57,6 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to `parser`."""
     parser.add_argument(
         "--minutes", type=_positive(float), default=2.0, help="training time (default: 2)"
+    )
+    parser.add_argument(
+        "--variant", choices=VARIANTS, default=VARIANT, help=f"the model (default: {VARIANT})"
     )
     parser.add_argument("--text", type=Path, help="text to train on (default: Python's sources)")
     parser.add_argument(
@@ -98,13 +104,13 @@ def run(args: argparse.Namespace) -> int:
         return 2
     threads_before = torch.get_num_threads()
     try:
-        torch.set_num_threads(args.threads or fastest_threads(threads_before))
-        return 0 if _run(corpus, args.minutes * 60, args.out) else 1
+        torch.set_num_threads(args.threads or fastest_threads(threads_before, args.variant))
+        return 0 if _run(corpus, args.variant, args.minutes * 60, args.out) else 1
     finally:
         torch.set_num_threads(threads_before)
 
 
-def _run(corpus: Corpus, seconds: float, out: Path) -> bool:
+def _run(corpus: Corpus, variant: str, seconds: float, out: Path) -> bool:
     """Whether the target was reached."""
     print(
         f"text: {corpus.source}, {len(corpus.train):,} bytes for training, "
@@ -121,9 +127,9 @@ def _run(corpus: Corpus, seconds: float, out: Path) -> bool:
     print(f"bits per byte of {targets.numel():,} held-out bytes, evenly spread: {shown}")
 
     torch.manual_seed(SEED)
-    model = build_model()
+    model = build_model(variant)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"model: {parameters:,} parameters, {torch.get_num_threads()} threads")
+    print(f"model: {variant}, {parameters:,} parameters, {torch.get_num_threads()} threads")
     bar = Progress(seconds, shown, sys.stdout)
     training = train(model, corpus.train, seconds, bar.show)
     bar.finish(training.steps, training.curve[-1][1])
@@ -154,6 +160,7 @@ def _run(corpus: Corpus, seconds: float, out: Path) -> bool:
         "scored_bytes": targets.numel(),
         "bits_per_byte": {**baselines, "model": bits},
         "target_reached": reached,
+        "variant": variant,
         "parameters": parameters,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
@@ -175,18 +182,25 @@ def _run(corpus: Corpus, seconds: float, out: Path) -> bool:
 # Model
 
 
-def build_model() -> LatteLM:
-    """The demo's model of bytes."""
-    return LatteLM(LatteConfig(BYTES, EMBED_DIM, NUM_LAYERS, NUM_HEADS, NUM_LATENTS, mixer="conv"))
+def build_model(variant: str = VARIANT) -> LatteLM:
+    """The demo's model of bytes, with the parts of a variant; "softmax" sees whole sequences."""
+    options = {"num_layers": NUM_LAYERS, "num_heads": NUM_HEADS, "embed_dim": EMBED_DIM}
+    if variant == "softmax":
+        options["window"] = SEQUENCE
+    else:
+        options["num_latents"] = NUM_LATENTS
+        if "window" in VARIANTS[variant]:
+            options["window"] = WINDOW
+    return LatteLM(LatteConfig.named(variant, vocab_size=BYTES, **options))
 
 
-def fastest_threads(most: int) -> int:
+def fastest_threads(most: int, variant: str = VARIANT) -> int:
     """The number of threads, `most` or a smaller power of two, that makes a training step fastest.
 
     The matrices are small, and a container may own fewer cores than it sees.
     """
     candidates = [1 << i for i in range(most.bit_length()) if 1 << i < most] + [most]
-    model = build_model()
+    model = build_model(variant)
     tokens = torch.zeros(BATCH, SEQUENCE + 1, dtype=torch.long)
     times = []
     for threads in candidates:
@@ -211,10 +225,12 @@ def train(
     text: Tensor,
     seconds: float,
     report: Callable[[float, int, float], None] | None = None,
+    clock: Callable[[], float] | None = None,
 ) -> Result:
-    """Train with AdamW on random windows of text (n,) uint8 for so many seconds of wall time.
+    """Train with AdamW on random windows of text (n,) uint8 for so many seconds.
 
     The schedule follows the clock, so that a slow machine takes fewer steps of the same course.
+    clock() is the time in seconds; None: wall time.
     report(elapsed seconds, steps, smoothed bits per byte) is called after every step.
     """
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -227,8 +243,9 @@ def train(
     generator = torch.Generator().manual_seed(SEED)
     offsets = torch.arange(SEQUENCE + 1)
     curve: list[tuple[float, float]] = []
-    bits, steps, start = math.nan, 0, time.perf_counter()
-    while (elapsed := time.perf_counter() - start) < seconds:
+    clock = clock or time.perf_counter
+    bits, steps, start = math.nan, 0, clock()
+    while (elapsed := clock() - start) < seconds:
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(elapsed / seconds)
         begins = torch.randint(len(text) - SEQUENCE, (BATCH, 1), generator=generator)
@@ -243,7 +260,7 @@ def train(
         curve.append((round(elapsed, 3), round(bits, 4)))
         if report is not None:
             report(elapsed, steps, bits)
-    return Result(steps, time.perf_counter() - start, curve)
+    return Result(steps, clock() - start, curve)
 
 
 @torch.no_grad()

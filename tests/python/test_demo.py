@@ -18,8 +18,12 @@ from torch import Tensor
 SENTENCE = b"the quick brown fox jumps over the lazy dog. "
 
 
-def small_model() -> LatteLM:
-    return LatteLM(LatteConfig(256, 16, 1, 2, 4, mixer="conv"))
+def small_model(variant: str = "latte-conv++") -> LatteLM:
+    return LatteLM(
+        LatteConfig.named(
+            variant, vocab_size=256, embed_dim=16, num_layers=1, num_heads=2, num_latents=4
+        )
+    )
 
 
 def as_bytes(data: Tensor) -> bytes:

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The experiments in examples/ run; what they found lies beside them."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", ["recall", "language_model"])
+def test_experiment_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert load(name).main(["--quick"]) == 0
+    assert capsys.readouterr().out.count("parameters") >= 6
+
+
+def test_tasks_are_what_they_say() -> None:
+    recall = load("recall")
+    tokens, targets = recall.copy_task(50, 40, torch.Generator().manual_seed(0))
+    marker = (tokens == recall.MARKER).nonzero()
+    assert (marker[:, 0] == torch.arange(50)).all()
+    assert (marker[:, 1] < 20).all()
+    assert (targets[:, -1] == tokens[marker[:, 0], marker[:, 1] + 1]).all()
+    assert (targets[:, :-1] == -100).all()
+
+    tokens, targets = recall.recall_task(50, 40, torch.Generator().manual_seed(0))
+    for row, wanted in zip(tokens.tolist(), targets.tolist(), strict=True):
+        pairs = dict(zip(row[0:16:2], row[1:16:2], strict=True))
+        assert len(pairs) == 8
+        assert [pairs[key] for key in row[-8:]] == wanted[-8:]
+        assert set(wanted[:-8]) == {-100}
+
+
+def test_models_have_about_as_many_parameters() -> None:
+    recall = load("recall")
+    for name in recall.MODELS:
+        count = sum(p.numel() for p in recall.build_model(name).parameters())
+        assert abs(count - recall.PARAMETERS) < 0.005 * recall.PARAMETERS
