@@ -2,6 +2,7 @@
 """The experiments in examples/ run; what they found lies beside them."""
 
 import importlib.util
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -48,3 +49,13 @@ def test_models_have_about_as_many_parameters() -> None:
     for name in recall.MODELS:
         count = sum(p.numel() for p in recall.build_model(name).parameters())
         assert abs(count - recall.PARAMETERS) < 0.005 * recall.PARAMETERS
+
+
+def test_the_models_page_runs() -> None:
+    page = (EXAMPLES.parent / "docs" / "models.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    names: dict[str, object] = {}
+    exec(compile(block, "models.md", "exec"), names)
+    logits = names["logits"]
+    assert isinstance(logits, torch.Tensor)
+    assert logits.shape == (2, 256)
