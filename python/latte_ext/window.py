@@ -265,7 +265,8 @@ def macchiato_attention(
             scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=latent,
             return_state=True, backend=backend,
         )  # fmt: skip
-        return (result[0], MacchiatoState(result[1], None)) if return_state else result[0]
+        y = result[0].to(v.dtype)
+        return (y, MacchiatoState(result[1], None)) if return_state else y
 
     before = _before(op, q, k, v, window, causal, cu_seqlens, cache, return_state)
     keys, values, mask = (
@@ -353,20 +354,16 @@ def macchiato_attention_step(
     window = 0 if state.window is None else state.window.window
     cache, latent = _check_state(op, q, window, k_latent.shape[2], state)
     k_latent, v_latent = _match_heads(k_latent, v, 1)
+    y: Tensor
     if cache is None:
         assert latent is not None
         v_latent = v if v_latent is None else v_latent
-        return latent_attention_step(
-            q_latent[..., 1:], k_latent, v_latent, latent, scale=latent_scale
-        )
+        y = latent_attention_step(q_latent[..., 1:], k_latent, v_latent, latent, scale=latent_scale)
+        return y.to(v.dtype)
     sink_tensors = _sink_tensors(op, q, sinks)
     triple = (None, None, None) if latent is None else latent.tensors()
-    dtype = _window_ops.compute_dtype(q, k, v)
-    if v.dtype != dtype:
-        # The latents' part of y has the dtype of their values, and is rounded in the sum only.
-        v_latent = (v if v_latent is None else v_latent).to(dtype)
-    y: Tensor = _window_ops.macchiato_attention_step(
-        q_latent.to(dtype), k_latent, v_latent, q, k, v, *triple,
+    y = _window_ops.macchiato_attention_step(
+        q_latent.to(_window_ops.compute_dtype(q, k, v)), k_latent, v_latent, q, k, v, *triple,
         *cache.tensors(), *sink_tensors, scale, float(latent_scale),
     )  # fmt: skip
     return y
@@ -430,15 +427,21 @@ def _is_differentiated(*tensors: Tensor | None) -> bool:
 
 
 def _match_heads(k_latent: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
-    """k_latent and v with as many heads; None for a v that has them already."""
+    """k_latent and v with as many heads; None for a v that has them already.
+
+    What is repeated is in the compute type, so that its gradient is summed before it is rounded.
+    """
     heads = math.lcm(k_latent.shape[dim], v.shape[dim])
-    if k_latent.shape[dim] == 1:
-        k_latent = k_latent.expand(*k_latent.shape[:dim], heads, *k_latent.shape[dim + 1 :])
-    elif k_latent.shape[dim] != heads:
-        k_latent = k_latent.repeat_interleave(heads // k_latent.shape[dim], dim=dim)
+    dtype = _window_ops.compute_dtype(v)
+    if k_latent.shape[dim] != heads:
+        k_latent = k_latent.to(dtype)
+        if k_latent.shape[dim] == 1:
+            k_latent = k_latent.expand(*k_latent.shape[:dim], heads, *k_latent.shape[dim + 1 :])
+        else:
+            k_latent = k_latent.repeat_interleave(heads // k_latent.shape[dim], dim=dim)
     if v.shape[dim] == heads:
         return k_latent, None
-    return k_latent, v.repeat_interleave(heads // v.shape[dim], dim=dim)
+    return k_latent, v.to(dtype).repeat_interleave(heads // v.shape[dim], dim=dim)
 
 
 def _core_check(*args: Any) -> None:

@@ -211,7 +211,7 @@ Problem validate(const LatentAttentionStep& p) {
   check.finite_scale(p.scale);
   check.shape("y", p.y, {problem.batch, problem.heads, problem.dim},
               "(sequences, heads, channels)");
-  check.dtype("y", p.y, {p.v.dtype});
+  check.dtype("y", p.y, {p.v.dtype, compute_dtype(problem.is_double)});
   check.writable("y", p.y);
   check.state(kState, p.state, problem, Checker::Access::write);
   return problem;
