@@ -67,5 +67,26 @@ TEST(Heuristics, TwoThreadsGainTheirLimit) {
   EXPECT_NEAR(8.0 * t / (last + 8.0 * reverse_cut(1, 2, t)), 9.0 / 5, 1e-3);
 }
 
+TEST(Heuristics, BlocksOfChannels) {
+  using latte::cpu::channel_blocks;
+  EXPECT_EQ(channel_blocks(512, 1, 1), 1);
+  EXPECT_EQ(channel_blocks(513, 1, 1), 2);
+  EXPECT_EQ(channel_blocks(512, 1, 4), 4);    // enough for the threads,
+  EXPECT_EQ(channel_blocks(512, 4, 4), 1);    // which sequences may be already,
+  EXPECT_EQ(channel_blocks(512, 1, 100), 8);  // but none too narrow
+  EXPECT_EQ(channel_blocks(5, 1, 100), 1);
+  EXPECT_EQ(channel_blocks(5, 0, 4), 1);
+}
+
+TEST(Heuristics, SegmentsOfConvolutions) {
+  using latte::cpu::conv_segments;
+  EXPECT_EQ(conv_segments(0, 0), 1);
+  EXPECT_EQ(conv_segments(255, 1), 1);
+  EXPECT_EQ(conv_segments(1024, 1), 4);
+  EXPECT_EQ(conv_segments(1 << 20, 1), 64);
+  EXPECT_EQ(conv_segments(1 << 20, 32), 2);
+  EXPECT_EQ(conv_segments(1 << 20, 64), 1);
+}
+
 }  // namespace
 }  // namespace latte::cpu
