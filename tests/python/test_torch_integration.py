@@ -100,9 +100,17 @@ def make_state(problem: Problem) -> LatentState:
 
 
 def test_every_operator_is_checked() -> None:
-    names = {"latent_attention", "latent_attention_backward", "latent_attention_step"}
-    registered = {name.removeprefix("latte_ext::") for name in registered_operators()}
-    assert {name for name in registered if name.startswith("latent_attention")} == names
+    forward_and_backward = {
+        "latent_attention",
+        "sliding_window_attention",  # test_window.py
+        "macchiato_attention",
+        "linear_recurrence",  # test_mixers_torch.py
+        "rg_lru",
+        "short_conv",
+    }
+    names = forward_and_backward | {f"{name}_backward" for name in forward_and_backward}
+    names |= {f"{name}_step" for name in forward_and_backward - {"linear_recurrence"}}
+    assert {name.removeprefix("latte_ext::") for name in registered_operators()} == names
 
 
 def registered_operators() -> set[str]:
