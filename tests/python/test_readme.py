@@ -12,14 +12,19 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 def test_the_readme_has_code() -> None:
-    assert len(BLOCKS) == 2
+    assert len(BLOCKS) == 3
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_readme_block_runs(block: str) -> None:
     names: dict[str, object] = {}
     exec(compile(block, str(README), "exec"), names)
-    if "model" in names:
+    if "logits" in names:
+        logits = names["logits"]
+        assert isinstance(logits, torch.Tensor)
+        assert logits.shape == (2, 256)
+        assert logits.isfinite().all()
+    elif "model" in names:
         model = names["model"]
         assert isinstance(model, torch.nn.Module)
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
