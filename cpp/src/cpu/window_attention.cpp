@@ -441,7 +441,8 @@ class StepCall {
     const double flops = 2.0 * static_cast<double>(problem.keys) *
                          static_cast<double>((problem.key_dim + problem.dim) * problem.heads) *
                          static_cast<double>(problem.batch);
-    threads_ = cpu::useful_threads(flops, cpu::kThreaded ? threads : 1);
+    // A step is bound by reading the ring, at a quarter of the operations per second or less.
+    threads_ = cpu::useful_threads(flops / 4, cpu::kThreaded ? threads : 1);
     WindowStepTask task = base_task();
     static char placeholder;
     task.gate.data = &placeholder;

@@ -15,11 +15,11 @@ from pathlib import Path
 import torch
 
 from .._progress import Bar
-from . import mixers, report
+from . import mixers, report, window
 from .cases import EXTRA_GROUPS, SIZES, Bench
-from .cases import GROUPS as ATTENTION_GROUPS
+from .cases import GROUPS as LATENT_GROUPS
 
-GROUPS = ATTENTION_GROUPS | mixers.GROUPS
+GROUPS = LATENT_GROUPS | window.GROUPS | mixers.GROUPS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -83,6 +83,16 @@ TARGETS = (
     Target(
         "forward + backward, faster than the best torch form", "training peers/*/torch *", ">=", 5.0
     ),
+    Target("window forward, w = 128, of the band", "window/forward/128/1", ">=", 0.5, _V4),
+    Target("window backward, w = 128, of the band", "window/backward/128/1", ">=", 0.5, _V4),
+    Target("window, faster than FlexAttention", "window peers/*/flex", ">=", 3.0),
+    Target(
+        "window forward + backward, faster than blocks of softmax attention",
+        "window training peers/*/blockwise",
+        ">=",
+        5.0,
+    ),
+    Target("macchiato over the sum of its branches", "macchiato/*", "<=", 1.05),
 )
 
 
