@@ -99,16 +99,18 @@ struct GateScratch {
   }
 };
 
+// The sum over a row of a * b, still spread over the lanes.
 template <class T>
-LATTE_INLINE T dot(const T* a, const T* b, int64_t width) {
+LATTE_INLINE Vec<T> lane_products(const T* a, const T* b, int64_t width) {
   Vec<T> sum = {};
   for (int64_t c = 0; c < width; c += kLanes<T>) sum += load(a + c) * load(b + c);
-  return reduce_add<T>(sum);
+  return sum;
 }
 
 // What the two branches need to go back on their own, of query head 0 of the group.
 template <class T>
 inline void gate_gradient(const WindowTask& task, Arena arena) {
+  constexpr int64_t lanes = kLanes<T>;
   const GateScratch<T> s(arena, task);
   const int64_t width = round_up<T>(task.dim);
   const Source<T> dy(task.dy, PerRow::every, task.dim, 1, T(0));
@@ -118,20 +120,31 @@ inline void gate_gradient(const WindowTask& task, Arena arena) {
   for (int64_t first = task.begin; first < task.end; first += cpu::kWindowQueries) {
     const int64_t left = task.end - first;
     const int64_t n = left < cpu::kWindowQueries ? left : cpu::kWindowQueries;
-    dy.copy(first, n, s.dy, width);
-    const RowsInUse<T> ys(y, first, n, s.y, width), locals(local, first, n, s.local, width);
+    const RowsInUse<T> dys(dy, first, n, s.dy, width), ys(y, first, n, s.y, width),
+        locals(local, first, n, s.local, width);
     gate_rows<T, false>(task, 0, first, n, s.gate, s.share, s.rest);
-    for (int64_t i = 0; i < n; ++i) {
-      const T* const row = s.dy + i * width;
-      const T along_local = dot(row, locals.data + i * locals.stride, width);
-      const T along_y = dot(row, ys.data + i * ys.stride, width);
-      at<T>(task.share, first + i, 0) = s.share[i];
-      at<T>(task.delta, first + i, 0) = s.share[i] * along_local;
-      at<T>(task.d_gate, first + i, 0) = s.share[i] * (along_local - along_y);
+    for (int64_t group = 0; group < n; group += lanes) {
+      const int64_t count = n - group < lanes ? n - group : lanes;
+      Vec<T> along_local[lanes], along_y[lanes];
+#pragma GCC unroll 16
+      for (int64_t i = 0; i < lanes; ++i) along_local[i] = along_y[i] = Vec<T>{};
+      for (int64_t i = 0; i < count; ++i) {
+        const T* const row = dys.data + (group + i) * dys.stride;
+        along_local[i] = lane_products(row, locals.data + (group + i) * locals.stride, width);
+        along_y[i] = lane_products(row, ys.data + (group + i) * ys.stride, width);
+      }
+      const Vec<T> share = load(s.share + group), of_local = sums_of<T>(along_local);
+      const Vec<T> delta = share * of_local, d_gate = share * (of_local - sums_of<T>(along_y));
+      for (int64_t i = 0; i < count; ++i) {
+        at<T>(task.share, first + group + i, 0) = share[i];
+        at<T>(task.delta, first + group + i, 0) = delta[i];
+        at<T>(task.d_gate, first + group + i, 0) = d_gate[i];
+      }
     }
     if (task.d_global.data)
-      d_global.write(first, n,
-                     [&](int64_t i, int64_t c) { return load(s.dy + i * width + c) * s.rest[i]; });
+      d_global.write(first, n, [&](int64_t i, int64_t c) {
+        return load(dys.data + i * dys.stride + c) * s.rest[i];
+      });
   }
 }
 

@@ -17,7 +17,6 @@ using cpu::Column;
 using cpu::element_size;
 using cpu::kAlignment;
 using cpu::row_of;
-using cpu::Rows;
 using cpu::rows_of;
 using cpu::WindowKernel;
 using cpu::WindowStepTask;
@@ -42,9 +41,8 @@ Tensor dense(char* data, DType dtype, std::initializer_list<int64_t> shape) {
 }
 
 // The columns 1.. of q_latent or of its gradient.
-Tensor behind_gate(const Tensor& t) {
+Tensor behind_gate(const Tensor& t, int last) {
   Tensor columns = t;
-  const int64_t last = t.rank - 1;
   columns.data = at(t, t.stride[last]);
   columns.shape[last] -= 1;
   return columns;
@@ -306,7 +304,7 @@ class MacchiatoForwardCall {
           q_latent(part.of(p.q_latent)),
           latent(p.latent),
           window(p.window) {
-      latent.q = behind_gate(q_latent);
+      latent.q = behind_gate(q_latent, 3);
       latent.k = part.of(latent.k);
       latent.v = part.of(latent.v);
       latent.key_mask = part.rows(latent.key_mask);
@@ -405,8 +403,8 @@ class MacchiatoBackwardCall {
                         {problem.batch, problem.heads, problem.tokens, problem.dim});
       for (Tensor* column : {&share, &delta, &d_gate})
         *column = dense(take(rows), compute, {problem.batch, problem.heads, problem.tokens});
-      latent.q = behind_gate(q_latent);
-      latent.dq = behind_gate(dq_latent);
+      latent.q = behind_gate(q_latent, 3);
+      latent.dq = behind_gate(dq_latent, 3);
       for (Tensor* t : {&latent.k, &latent.v, &latent.dk, &latent.dv}) *t = part.of(*t);
       for (State* s : {&latent.initial, &latent.d_final, &latent.d_initial}) *s = part.of(*s);
       latent.key_mask = part.rows(latent.key_mask);
@@ -535,7 +533,7 @@ class MacchiatoStepCall {
   LatentAttentionStep latents(char* y) const {
     static char placeholder;
     LatentAttentionStep latent = p_.latent;
-    latent.q = behind_gate(p_.q_latent);
+    latent.q = behind_gate(p_.q_latent, 2);
     latent.y =
         dense(y ? y : &placeholder, compute(), {problem_.batch, problem_.heads, problem_.dim});
     return latent;

@@ -110,7 +110,8 @@ class WindowBackward {
       const Source<T> y(head_of<T>(task_.local, g), PerRow::every, task_.dim, 1, T(0));
       const RowsInUse<T> ys(y, first, n, y_, value_width_);
       for (int64_t i = 0; i < n; ++i) {
-        delta_[i] = dot(dy_ + i * value_width_, ys.data + i * ys.stride, value_width_);
+        delta_[i] = reduce_add<T>(
+            lane_products(dy_ + i * value_width_, ys.data + i * ys.stride, value_width_));
         if (task_.d_log_sum.data) delta_[i] -= at<T>(task_.d_log_sum, first + i, g);
       }
     }
