@@ -89,4 +89,19 @@ TEST(Heuristics, SegmentsOfConvolutions) {
 }
 
 }  // namespace
+TEST(Heuristics, WindowSegmentsAreBlocksAndFewWindowsAreMetTwice) {
+  for (const int64_t total : {int64_t{0}, int64_t{1}, int64_t{5000}, int64_t{1} << 33})
+    for (const int64_t window : {1, 128, 5000})
+      for (const int threads : {1, 2, 64}) {
+        const int64_t length = cpu::window_segment(total, window, threads);
+        ASSERT_GE(length, 1);
+        if (threads == 1) {
+          EXPECT_GE(length, total);
+        } else {
+          EXPECT_EQ(length % cpu::kWindowKeys, 0);
+          EXPECT_GE(length, 4 * window);
+        }
+      }
+}
+
 }  // namespace latte::cpu

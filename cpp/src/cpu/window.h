@@ -7,8 +7,8 @@
 // [key][query]: only the queries are ever transposed, once per block, keys and values are read in
 // their own rows, and the softmax runs down the columns without a reduction across lanes.
 //
-// The band is clipped to 8 keys x 2 vectors of queries in the logits and to 8 queries x 1 key in
-// their product with the values, so that at window 128 87 % of the operations are of the band.
+// The band is clipped to 8 keys x 1 vector of queries in the logits and to 8 queries x 1 key in
+// their product with the values: at window 128 and 16 lanes 92 % of the operations are of the band.
 // Key positions are shifted by less than a block so that query 0 stands at a block's first key.
 #pragma once
 
