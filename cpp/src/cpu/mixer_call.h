@@ -10,23 +10,9 @@
 #include "cpu/heuristics.h"
 #include "cpu/mixers.h"
 #include "cpu/parallel.h"
+#include "cpu/views.h"
 
 namespace latte::cpu {
-
-inline int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-    case DType::int64:
-      return 8;
-    case DType::float32:
-    case DType::int32:
-      return 4;
-    case DType::boolean:
-      return 1;
-    default:
-      return 2;
-  }
-}
 
 inline Rows shifted(Rows rows, int64_t t, int64_t c) {
   if (rows.data)
@@ -102,23 +88,26 @@ class Grid {
   int64_t sequences_, channels_, groups_ = 0, blocks_ = 1, width_ = 0;
 };
 
-constexpr int64_t kAlignment = 64;
-constexpr int64_t aligned(int64_t bytes) {
+constexpr int64_t round_to_alignment(int64_t bytes) {
   return (bytes + kAlignment - 1) / kAlignment * kAlignment;
 }
 
-template <class Plan>
-int64_t plan_bytes(const Plan& plan) {
-  return plan.bytes() + kAlignment;
+// workspace_bytes() and the call itself, by a Plan<Call> of the operator.
+template <template <class> class Plan, class Call, class Params>
+int64_t call_workspace(const Params& params, const char* op, int threads) {
+  const Call call(params);
+  validate_threads(op, threads);
+  return Plan<Call>(call, threads).bytes() + kAlignment;
 }
-
-template <class Plan>
-void run_plan(const Plan& plan, const char* op, void* workspace) {
+template <template <class> class Plan, class Call, class Params>
+void run_call(const Params& params, const char* op, void* workspace, int threads) {
+  const Call call(params);
+  validate_threads(op, threads);
+  const Plan<Call> plan(call, threads);
   if (!workspace)
     throw Error(Error::Kind::value,
                 "[" + std::string(op) + "] workspace is null, expected workspace_bytes() bytes");
-  const auto address = reinterpret_cast<uintptr_t>(workspace);
-  plan.run(static_cast<char*>(workspace) + (kAlignment - address % kAlignment) % kAlignment);
+  plan.run(aligned(workspace));
 }
 
 }  // namespace latte::cpu

@@ -197,7 +197,7 @@ class Plan {
       if (call.range(n).tokens > longest_) longest_ = call.range(n).tokens;
     }
     element_ = p.is_double ? 8 : 4;
-    scratch_ = cpu::aligned(
+    scratch_ = cpu::round_to_alignment(
         cpu::kernels().recurrence_bytes(Call::kScan, p.is_double, grid_.block_width()));
     parts_ = parts_of(longest_);
     const Tensor& out = call.output();
@@ -331,47 +331,35 @@ class Plan {
   bool stream_ = false;
 };
 
-template <class Call, class Params>
-int64_t call_workspace(const Params& params, const char* op, int threads) {
-  const Call call(params);
-  validate_threads(op, threads);
-  return cpu::plan_bytes(Plan<Call>(call, threads));
-}
-template <class Call, class Params>
-void run_call(const Params& params, const char* op, void* workspace, int threads) {
-  const Call call(params);
-  validate_threads(op, threads);
-  cpu::run_plan(Plan<Call>(call, threads), op, workspace);
-}
-
 }  // namespace
 
 int64_t workspace_bytes(const LinearRecurrenceForward& params, int threads) {
-  return call_workspace<LinearForwardCall>(params, "linear_recurrence", threads);
+  return cpu::call_workspace<Plan, LinearForwardCall>(params, "linear_recurrence", threads);
 }
 int64_t workspace_bytes(const LinearRecurrenceBackward& params, int threads) {
-  return call_workspace<LinearBackwardCall>(params, "linear_recurrence_backward", threads);
+  return cpu::call_workspace<Plan, LinearBackwardCall>(params, "linear_recurrence_backward",
+                                                       threads);
 }
 int64_t workspace_bytes(const RgLruForward& params, int threads) {
-  return call_workspace<GatedForwardCall>(params, "rg_lru", threads);
+  return cpu::call_workspace<Plan, GatedForwardCall>(params, "rg_lru", threads);
 }
 int64_t workspace_bytes(const RgLruBackward& params, int threads) {
-  return call_workspace<GatedBackwardCall>(params, "rg_lru_backward", threads);
+  return cpu::call_workspace<Plan, GatedBackwardCall>(params, "rg_lru_backward", threads);
 }
 
 void linear_recurrence_forward(const LinearRecurrenceForward& params, void* workspace,
                                int threads) {
-  run_call<LinearForwardCall>(params, "linear_recurrence", workspace, threads);
+  cpu::run_call<Plan, LinearForwardCall>(params, "linear_recurrence", workspace, threads);
 }
 void linear_recurrence_backward(const LinearRecurrenceBackward& params, void* workspace,
                                 int threads) {
-  run_call<LinearBackwardCall>(params, "linear_recurrence_backward", workspace, threads);
+  cpu::run_call<Plan, LinearBackwardCall>(params, "linear_recurrence_backward", workspace, threads);
 }
 void rg_lru_forward(const RgLruForward& params, void* workspace, int threads) {
-  run_call<GatedForwardCall>(params, "rg_lru", workspace, threads);
+  cpu::run_call<Plan, GatedForwardCall>(params, "rg_lru", workspace, threads);
 }
 void rg_lru_backward(const RgLruBackward& params, void* workspace, int threads) {
-  run_call<GatedBackwardCall>(params, "rg_lru_backward", workspace, threads);
+  cpu::run_call<Plan, GatedBackwardCall>(params, "rg_lru_backward", workspace, threads);
 }
 
 }  // namespace latte

@@ -80,7 +80,8 @@ class Plan {
     for (int64_t n = 0; n < p.sequences; ++n)
       if (call.range(n).tokens > longest) longest = call.range(n).tokens;
     segments_ = cpu::conv_segments(longest, grid_.groups());
-    scratch_ = cpu::aligned(cpu::kernels().convolution_bytes(p.is_double, grid_.block_width()));
+    scratch_ =
+        cpu::round_to_alignment(cpu::kernels().convolution_bytes(p.is_double, grid_.block_width()));
     const Tensor& out = call.output();
     stream_ = p.batch * p.tokens * p.channels * cpu::element_size(out.dtype) >= cpu::kStreamBytes;
   }
@@ -153,32 +154,19 @@ class Plan {
   bool stream_ = false;
 };
 
-template <class Call, class Params>
-int64_t call_workspace(const Params& params, const char* op, int threads) {
-  const Call call(params);
-  validate_threads(op, threads);
-  return cpu::plan_bytes(Plan<Call>(call, threads));
-}
-template <class Call, class Params>
-void run_call(const Params& params, const char* op, void* workspace, int threads) {
-  const Call call(params);
-  validate_threads(op, threads);
-  cpu::run_plan(Plan<Call>(call, threads), op, workspace);
-}
-
 }  // namespace
 
 int64_t workspace_bytes(const ShortConvForward& params, int threads) {
-  return call_workspace<ForwardCall>(params, "short_conv", threads);
+  return cpu::call_workspace<Plan, ForwardCall>(params, "short_conv", threads);
 }
 int64_t workspace_bytes(const ShortConvBackward& params, int threads) {
-  return call_workspace<BackwardCall>(params, "short_conv_backward", threads);
+  return cpu::call_workspace<Plan, BackwardCall>(params, "short_conv_backward", threads);
 }
 void short_conv_forward(const ShortConvForward& params, void* workspace, int threads) {
-  run_call<ForwardCall>(params, "short_conv", workspace, threads);
+  cpu::run_call<Plan, ForwardCall>(params, "short_conv", workspace, threads);
 }
 void short_conv_backward(const ShortConvBackward& params, void* workspace, int threads) {
-  run_call<BackwardCall>(params, "short_conv_backward", workspace, threads);
+  cpu::run_call<Plan, BackwardCall>(params, "short_conv_backward", workspace, threads);
 }
 
 }  // namespace latte
