@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._select import select
+from ._serialise import pack, unpack
 from .state import LatentState
 
 _FIELDS = ("key", "value", "valid", "position")
@@ -121,30 +123,7 @@ class WindowCache:
         Raises:
             TypeError: index is neither integer nor bool. ValueError: it does not fit.
         """
-        op = "[WindowCache.select]"
-        try:
-            chosen = torch.as_tensor(index, device=self.device)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise TypeError(
-                f"{op} index is a {type(index).__name__}, expected integers or bools ({error})"
-            ) from error
-        if not isinstance(index, Tensor) and chosen.numel() == 0:
-            chosen = chosen.long()
-        if chosen.dtype not in (torch.bool, torch.int8, torch.int16, torch.int32, torch.int64):
-            raise TypeError(
-                f"{op} index has dtype {chosen.dtype}, expected signed integers or bool"
-            )
-        if chosen.dim() != 1:
-            raise ValueError(f"{op} index has shape {tuple(chosen.shape)}, expected one dimension")
-        if chosen.dtype != torch.bool:
-            chosen = chosen.long()
-        try:
-            return WindowCache(*(x[chosen] for x in self))
-        except IndexError as error:
-            raise ValueError(
-                f"{op} index does not fit: expected positions in [-{self.batch}, {self.batch}) "
-                f"or a mask of length {self.batch} ({error})"
-            ) from error
+        return WindowCache(*select("[WindowCache.select]", self.tensors(), index))
 
     def clone(self) -> WindowCache:
         """A copy with memory of its own; differentiable."""
@@ -157,6 +136,24 @@ class WindowCache:
     def to(self, device: torch.device | str) -> WindowCache:
         """The cache on device; shares memory if it is there already. Differentiable."""
         return WindowCache(*(x.to(device) for x in self))
+
+    def to_bytes(self) -> bytes:
+        """The cache in a portable form, as `LatentState.to_bytes`."""
+        return pack("WindowCache", self.tensors())
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> WindowCache:
+        """What `to_bytes` saved, bit for bit, on the CPU.
+
+        Raises:
+            TypeError: data is not bytes.
+            ValueError: truncated, damaged, of another kind or version, or not a cache's shapes.
+        """
+        op = "[WindowCache.from_bytes]"
+        tensors = unpack(op, "WindowCache", data)
+        if len(tensors) != 4:
+            raise ValueError(f"{op} data holds {len(tensors)} tensors, expected 4")
+        return cls(*tensors)
 
     def __repr__(self) -> str:
         return (
