@@ -4,7 +4,7 @@
 Each model trains for as many seconds of CPU time on one thread, with the demo's text, optimizer
 and seed. Writes language_model.md, .json and, where matplotlib is installed, .png.
 
-    python examples/language_model.py                # ~9 minutes on two cores
+    python examples/language_model.py                # ~5 minutes on two cores
     python examples/language_model.py --quick        # seconds: shows that it runs, trains nothing
 """
 
@@ -24,7 +24,7 @@ from latte_ext import demo
 from latte_ext._demo_text import load_corpus, ngram_bits, window_starts
 from latte_ext.nn import VARIANTS
 
-SECONDS = 150.0
+SECONDS = 90.0
 # Points of the training curve that are kept.
 POINTS = 60
 

@@ -10,7 +10,7 @@ Models of about as many parameters, the same blocks ("++"), two layers, a window
 there is one; trained at 64 to 256 tokens, tested at 256 to 2048, from fixed seeds on one thread
 each. Writes recall.md and recall.json.
 
-    python examples/recall.py               # ~12 minutes on two cores
+    python examples/recall.py               # ~10 minutes on two cores
     python examples/recall.py --quick       # seconds: shows that it runs, trains nothing
 """
 
@@ -36,7 +36,8 @@ PAIRS, SYMBOLS = 8, 32
 MARKER, QUESTION, VOCABULARY = 3 * SYMBOLS, 3 * SYMBOLS + 1, 3 * SYMBOLS + 2
 TRAIN_LENGTHS, TEST_LENGTHS = (64, 128, 256), (256, 512, 1024, 2048)
 WINDOW = 32
-BATCH, STEPS, LEARNING_RATE = 32, 1500, 3e-3
+STEPS = {"copy": 1000, "recall": 1500}
+TOKENS, LEARNING_RATE = 4096, 3e-3
 TEST_SEQUENCES = 128
 PARAMETERS = 150_000
 
@@ -120,10 +121,9 @@ def run(task: str, name: str, steps: int, sequences: int, lengths: Sequence[int]
         rate = min(1.0, progress / 0.05) * (1 + math.cos(math.pi * progress)) / 2
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * rate
-        # As many tokens in every step, and each length for a third of the steps.
+        # As many tokens in every step, each length for a third of the steps.
         length = TRAIN_LENGTHS[len(TRAIN_LENGTHS) * step // steps]
-        batch = BATCH * TRAIN_LENGTHS[0] // length * 2
-        tokens, targets = TASKS[task](batch, length, generator)
+        tokens, targets = TASKS[task](TOKENS // length, length, generator)
         loss = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="a step of each model, no results")
-    parser.add_argument("--steps", type=int, default=STEPS, help=f"default: {STEPS}")
+    parser.add_argument("--steps", type=int, help=f"of training (default: {STEPS})")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
     parser.add_argument("--jobs", type=int, default=2, help="processes (default: 2)")
@@ -195,18 +195,19 @@ def main(argv: list[str] | None = None) -> int:
     rows = []
     with ProcessPoolExecutor(args.jobs, mp_context=get_context("spawn")) as pool:
         futures = [
-            pool.submit(run, task, name, args.steps, TEST_SEQUENCES, TEST_LENGTHS)
+            pool.submit(run, task, name, args.steps or STEPS[task], TEST_SEQUENCES, TEST_LENGTHS)
             for task, name in jobs
         ]
         for future in futures:
             rows.append(future.result())
             print(rows[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
-    setting = {name: value for name, value in globals().items() if name.isupper()}
-    del setting["TASKS"]
-    (args.out / "recall.json").write_text(
-        json.dumps({"setting": setting, "torch": torch.__version__, "rows": rows}, indent=1) + "\n"
-    )
+    result = {
+        "setting": {n: v for n, v in globals().items() if n.isupper() and n != "TASKS"},
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    (args.out / "recall.json").write_text(json.dumps(result, indent=1) + "\n")
     (args.out / "recall.md").write_text(markdown(rows))
     print(markdown(rows))
     return 0
