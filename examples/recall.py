@@ -203,7 +203,9 @@ def main(argv: list[str] | None = None) -> int:
             print(rows[-1], flush=True)
     args.out.mkdir(parents=True, exist_ok=True)
     result = {
-        "setting": {n: v for n, v in globals().items() if n.isupper() and n != "TASKS"},
+        "sizes": {**SIZES, "parameters": PARAMETERS},
+        "models": MODELS,
+        "training": {"steps": STEPS, "lengths": TRAIN_LENGTHS, "tokens_per_step": TOKENS},
         "torch": torch.__version__,
         "rows": rows,
     }

@@ -38,7 +38,7 @@ EMBED_DIM, NUM_LAYERS, NUM_HEADS, NUM_LATENTS = 96, 2, 8, 16
 WINDOW = 16
 SEQUENCE, BATCH = 128, 8
 # The best of examples/results/language_model.md.
-VARIANT = "latte-conv++"
+VARIANT = "latte-conv-swa++"
 LEARNING_RATE, WARMUP, WEIGHT_DECAY, BETAS = 5e-3, 0.03, 0.01, (0.9, 0.99)
 GRADIENT_NORM = 1.0
 SEED = 0

@@ -2,12 +2,15 @@
 """The experiments in examples/ run; what they found lies beside them."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from latte_ext import demo
+from latte_ext.nn import VARIANTS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -49,6 +52,21 @@ def test_models_have_about_as_many_parameters() -> None:
     for name in recall.MODELS:
         count = sum(p.numel() for p in recall.build_model(name).parameters())
         assert abs(count - recall.PARAMETERS) < 0.005 * recall.PARAMETERS
+
+
+def test_results_are_complete() -> None:
+    recall = json.loads((EXAMPLES / "results" / "recall.json").read_text())
+    module = load("recall")
+    assert [(row["task"], row["model"]) for row in recall["rows"]] == [
+        (task, model) for task in module.TASKS for model in module.MODELS
+    ]
+    assert recall["training"]["steps"] == module.STEPS
+    assert recall["models"] == module.MODELS
+    assert (EXAMPLES / "results" / "recall.md").read_text() == module.markdown(recall["rows"])
+    language = json.loads((EXAMPLES / "results" / "language_model.json").read_text())
+    assert {row["variant"] for row in language["rows"]} == set(VARIANTS)
+    best = min(language["rows"], key=lambda row: row["bits_per_byte"])
+    assert best["variant"] == demo.VARIANT
 
 
 def test_the_models_page_runs() -> None:
