@@ -495,3 +495,36 @@ def test_export(variant: str) -> None:
     loaded = torch.export.load(buffer).module()
     other = random_tokens(3, TOKENS + 10)
     close(loaded(other), model(other))
+
+
+class OneMore(nn.Module):
+    """A decode step without side effects."""
+
+    def __init__(self, model: LatteLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor, cache: list[LayerCache]) -> tuple[Tensor, list[LayerCache]]:
+        logits, cache = self.model(tokens.unsqueeze(1), cache=cache, return_cache=True)
+        return logits.squeeze(1), cache
+
+
+@variants
+def test_export_with_a_cache(variant: str) -> None:
+    model, x = language_model(variant), random_tokens(2)
+    _, cache = model.prefill(x)
+    buffer = io.BytesIO()
+    torch.export.save(torch.export.export(OneMore(model), (x[:, 0], cache)), buffer)
+    buffer.seek(0)
+    logits, after = torch.export.load(buffer).module()(x[:, 0], cache)
+    close(logits, model.step(x[:, 0], cache))
+    assert_same(after, cache)
+
+
+@variants
+def test_caches_are_saved_as_plain_data(variant: str) -> None:
+    _, cache = language_model(variant).prefill(random_tokens(2))
+    buffer = io.BytesIO()
+    torch.save(cache, buffer)
+    buffer.seek(0)
+    assert_same(torch.load(buffer, weights_only=True), cache, 0.0)

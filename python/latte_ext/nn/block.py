@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from ..window_cache import MacchiatoState
 from .attention import lecun_normal_
@@ -62,6 +63,12 @@ class LayerCache(NamedTuple):
     def to(self, device: torch.device | str) -> LayerCache:
         """The cache on device; shares memory if it is there already."""
         return LayerCache(self.attention.to(device), _map(lambda x: x.to(device), self.mixer))
+
+
+# As plain data: exported programs and torch.load may hold caches.
+for _kind in (LayerCache, RecurrentState, MacchiatoState):
+    pytree._register_namedtuple(_kind, serialized_type_name=f"latte_ext.{_kind.__name__}")
+torch.serialization.add_safe_globals([LayerCache, RecurrentState])
 
 
 def _map(function: Callable[[Tensor], Tensor], state: MixerState) -> MixerState:
