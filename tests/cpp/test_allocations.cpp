@@ -75,5 +75,52 @@ TEST(Allocations, NoneInStepAndMerge) {
   EXPECT_EQ(count([&] { latte::state_merge({step.state, step.state, step.state}); }), 0);
 }
 
+// One token through a ring, a gate, a recurrence and a convolution.
+TEST(Allocations, NoneInTheStepsOfOtherLayers) {
+  constexpr int64_t n = 2, heads = 4, kv_heads = 2, window = 9, width = 8, latents = 5;
+  const auto f32 = [](std::initializer_list<int64_t> shape) {
+    Array a(DType::float32, shape);
+    for (int64_t i = 0; i < a.size(); ++i) a.set(i, 0.25);
+    return a;
+  };
+  const auto zeros = [](DType dtype, std::initializer_list<int64_t> shape) {
+    Array a(dtype, shape);
+    for (int64_t i = 0; i < a.size(); ++i) a.set(i, 0);
+    return a;
+  };
+  const auto expect_none = [](const auto& params, auto run) {
+    std::vector<unsigned char> memory(latte::workspace_bytes(params, 2));
+    EXPECT_EQ(count([&] { run(params, memory.data(), 2); }), 0);
+  };
+
+  const Array q = f32({n, heads, width}), k = f32({n, kv_heads, width}), y = f32({n, heads, width});
+  const Array key = f32({n, kv_heads, window, width}), value = f32({n, kv_heads, window, width});
+  const Array valid = zeros(DType::boolean, {n, window}), position = zeros(DType::int64, {n});
+  latte::SlidingWindowStep step;
+  step.q = q.tensor(), step.k = k.tensor(), step.v = k.tensor(), step.y = y.tensor();
+  step.ring = {key.tensor(), value.tensor(), valid.tensor(), position.tensor()};
+  expect_none(step, latte::sliding_window_step);
+
+  const Array q_latent = f32({n, heads, 1 + latents}), k_latent = f32({n, kv_heads, latents});
+  const StateArrays state(DType::float32, n, kv_heads, latents, width);
+  latte::MacchiatoStep gated;
+  gated.q_latent = q_latent.tensor(), gated.window = step;
+  gated.latent.k = k_latent.tensor(), gated.latent.v = k.tensor();
+  gated.latent.state = state.state();
+  expect_none(gated, latte::macchiato_step);
+
+  const Array row = f32({n, 1, width}), out = f32({n, 1, width}), h = f32({n, width});
+  const Array lambda = f32({width}), weight = f32({width, 4}), tail = f32({n, 3, width});
+  latte::RgLruForward recurrence;
+  recurrence.x = recurrence.gate_a = recurrence.gate_x = row.tensor();
+  recurrence.log_lambda = lambda.tensor(), recurrence.y = out.tensor();
+  recurrence.initial = recurrence.final = h.tensor();
+  expect_none(recurrence, latte::rg_lru_forward);
+  latte::ShortConvForward convolution;
+  convolution.x = row.tensor(), convolution.weight = weight.tensor(), convolution.y = out.tensor();
+  convolution.initial = convolution.final = tail.tensor();
+  expect_none(convolution, latte::short_conv_forward);
+}
+
 }  // namespace
 }  // namespace testing_latte

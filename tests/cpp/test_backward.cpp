@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <gtest/gtest.h>
 
+#include <cmath>
+
 #include "problem.h"
 
 namespace testing_latte {
@@ -18,6 +20,43 @@ TEST(Backward, Events) { check(event_cases()); }
 TEST(Backward, Packed) { check(packed_cases()); }
 TEST(Backward, GroupedHeads) { check(group_cases()); }
 TEST(Backward, OddCases) { check(odd_cases()); }
+
+// dq gains scale d softmax(scale q), whatever the masks, the grouping and the cuts.
+void check_log_sum(const Case& c) {
+  SCOPED_TRACE(c.text());
+  Call call(c);
+  call.backward();
+  const int64_t rows = c.batch * c.heads * c.tokens;
+  std::vector<double> before(rows * c.latents);
+  for (int64_t i = 0; i < call.dq.size(); ++i) before[i] = call.dq.get(i);
+  Array d(DType::float64, {c.batch, c.heads, c.tokens});
+  call.fill(d);
+  latte::LatentAttentionBackward p = call.backward_params();
+  p.d_log_sum = d.tensor();
+  run(p, c.threads);
+  for (int64_t row = 0; row < rows; ++row) {
+    double sum = 0;
+    for (int64_t l = 0; l < c.latents; ++l)
+      sum += std::exp(c.scale * call.q.get(row * c.latents + l));
+    for (int64_t l = 0; l < c.latents; ++l) {
+      const int64_t i = row * c.latents + l;
+      const double expected = c.scale * d.get(row) * std::exp(c.scale * call.q.get(i)) / sum;
+      ASSERT_NEAR(call.dq.get(i) - before[i], expected, 1e-12) << row << " " << l;
+    }
+  }
+}
+
+TEST(Backward, LogSum) {
+  for (const bool causal : {true, false}) {
+    Case c;
+    c.set_type(DType::float64);
+    c.causal = causal, c.scale = 0.7;
+    c.batch = 2, c.heads = 6, c.kv_heads = 2, c.tokens = 70, c.masked = true;
+    check_log_sum(c);
+    c.batch = c.heads = c.kv_heads = 1, c.tokens = 4500, c.threads = 3;  // cut among the threads
+    check_log_sum(c);
+  }
+}
 
 }  // namespace
 }  // namespace testing_latte

@@ -224,6 +224,14 @@ TEST_F(BackwardErrors, Types) {
   p_.dv.dtype = DType::float16;
   rejected(Kind::type, {"dv has dtype float16", "expected float32"});
 }
+TEST_F(BackwardErrors, LogSum) {
+  Array d(DType::float32, {2, 4, 16});
+  p_.d_log_sum = d.tensor();
+  rejected(Kind::value, {"d_log_sum has shape (2, 4, 16)", "expected (2, 4, 17)"});
+  p_.d_log_sum.shape[2] = 17;
+  p_.d_log_sum.dtype = DType::bfloat16;
+  rejected(Kind::type, {"d_log_sum has dtype bfloat16", "expected float32"});
+}
 TEST_F(BackwardErrors, ExpandedGradients) {
   p_.dq.stride[0] = 0;
   rejected(Kind::value, {"dq has stride 0 in dimension 0"});

@@ -57,9 +57,10 @@ struct LatentAttentionBackward {
   Tensor q, k, v, key_mask, cu_seqlens;  // as in the forward call
   State initial;                         // as in the forward call
   Tensor dy;                             // (B,H,T,D)
-  State d_final;                         // optional
-  Tensor dq, dk, dv;                     // shapes of q, k, v
-  State d_initial;                       // optional, present only with `initial`
+  Tensor d_log_sum;   // optional (B,H,T) compute type: gradient of log(sum over l of exp(scale q))
+  State d_final;      // optional
+  Tensor dq, dk, dv;  // shapes of q, k, v
+  State d_initial;    // optional, present only with `initial`
   bool causal = true;
   double scale = 1.0;
 };

@@ -177,6 +177,11 @@ Problem validate(const LatentAttentionBackward& p) {
               "(batch, heads, tokens, channels)");
   const DType compute = compute_dtype(problem.is_double);
   check.dtype("dy", p.dy, {p.v.dtype, compute});
+  if (present(p.d_log_sum)) {
+    check.shape("d_log_sum", p.d_log_sum, {problem.batch, problem.heads, problem.tokens},
+                "(batch, heads, tokens)");
+    check.dtype("d_log_sum", p.d_log_sum, {compute});
+  }
   check.gradient("dq", p.q, p.dq, compute);
   check.gradient("dk", p.k, p.dk, compute);
   check.gradient("dv", p.v, p.dv, compute);

@@ -43,18 +43,22 @@ class Checker : public BaseChecker {
   // Floating point, and float64 for all or for none; absent ones are not looked at.
   bool compute_type(std::initializer_list<Named> tensors) const {
     int doubles = 0, count = 0;
-    std::string names, types;
     for (const Named& t : tensors) {
       if (!present(*t.tensor)) continue;
       dtype(t.name, *t.tensor, {DType::float32, DType::bfloat16, DType::float16, DType::float64});
       doubles += t.tensor->dtype == DType::float64;
-      names += (count ? ", " : "") + std::string(t.name);
-      types += (count ? ", " : "") + std::string(name_of(t.tensor->dtype));
       ++count;
     }
-    if (doubles != 0 && doubles != count)
+    if (doubles != 0 && doubles != count) {
+      std::string names, types;
+      for (const Named& t : tensors) {
+        if (!present(*t.tensor)) continue;
+        names += (names.empty() ? "" : ", ") + std::string(t.name);
+        types += (types.empty() ? "" : ", ") + std::string(name_of(t.tensor->dtype));
+      }
       fail(Kind::type,
            names + " have dtypes " + types + ", expected float64 for all of them or for none");
+    }
     return doubles != 0;
   }
 

@@ -228,7 +228,7 @@ class Bidirectional {
         Vec<T> sum = {};
         for (int64_t l = 0; l < width_; l += kLanes<T>)
           sum += load(p + l) * load(blocked(s_.u, t, l));
-        const Vec<T> mean = splat(reduce_add<T>(sum));
+        const Vec<T> mean = splat(reduce_add<T>(sum) - log_sum_gradient<T>(task_, first + t));
         for (int64_t l = 0; l < width_; l += kLanes<T>) {
           const Vec<T> u = load(blocked(s_.u, t, l));
           store(result.data + t * result.stride + l, load(p + l) * (u - mean) * scale);

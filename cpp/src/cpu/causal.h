@@ -2,7 +2,7 @@
 // Causal latent attention of one head, forward and backward.
 //
 // Backward, with S the unnormalised state, u_t = dP_t = (dy_t . S_t) / z_t, w = p / z:
-//   dq_t = p_t (u_t - <p_t, u_t>)
+//   dq_t = p_t (u_t - <p_t, u_t>)      + p_t d_log_sum_t where the log of q's sum is used as well
 //   R_s = sum_(t>=s) w_t (x) dy_t      c_s = -sum_(t>=s) w_t u_t
 //   dv_s = sum_l e_s R_s               dk_s = e_s (v_s . R_s + c_s)
 // Every contraction over D is the output half of the same scan on a transposed state, so there is
@@ -250,7 +250,7 @@ class CausalBackward {
       Vec<T> sum = {};
       for (int64_t l = 0; l < width_; l += kLanes<T>)
         sum += load(w + l) * load(blocked(s_.u, t, l));
-      const Vec<T> mean = splat(reduce_add<T>(sum));
+      const Vec<T> mean = splat(reduce_add<T>(sum) - log_sum_gradient<T>(task_, first + t));
       for (int64_t l = 0; l < width_; l += kLanes<T>) {
         const Vec<T> u = load(blocked(s_.u, t, l)) * load(iz + l);
         store(dq_row + l, load(p + l) * (u - mean) * scale);

@@ -6,7 +6,7 @@
 //   y = share * local + rest * global        share = p(0|t), rest = sum_(l>=1) p(l|t)
 //
 // is exact, and with d = share (<dy, local> - <dy, y>) the gradient of column 0 is d and that of
-// column l gains -d softmax(q_1..q_L)_l.
+// the log of the latents' sum -d.
 #pragma once
 
 #include "cpu/head.h"
@@ -32,10 +32,6 @@ LATTE_INLINE cpu::Rows behind_gate(cpu::Rows rows) {
   rows.data = static_cast<T*>(rows.data) + rows.stride_c;
   return rows;
 }
-template <class T>
-LATTE_INLINE T& at(const Column& column, int64_t t, int64_t g) {
-  return static_cast<T*>(column.data)[t * column.stride_t + g * column.stride_g];
-}
 // Rows of query head g within the group.
 template <class T>
 LATTE_INLINE cpu::Rows head_of(cpu::Rows rows, int64_t g) {
@@ -46,8 +42,8 @@ LATTE_INLINE cpu::Rows head_of(cpu::Rows rows, int64_t g) {
 }
 
 // share and rest of n <= kWindowQueries rows, which are of the compute type. A row that is -inf
-// throughout has neither. kKeep: `rows`, gate_size() numbers, keeps exp(q - max q) of the latents.
-template <class T, bool kKeep, class Task>
+// throughout has neither.
+template <class T, class Task>
 inline void gate_rows(const Task& task, int64_t g, int64_t first, int64_t n, T* rows, T* share,
                       T* rest) {
   constexpr int64_t lanes = kLanes<T>;
@@ -72,9 +68,7 @@ inline void gate_rows(const Task& task, int64_t g, int64_t first, int64_t n, T* 
     zeroth[i] = own - top;
     Vec<T> sum = {};
     for (int64_t c = 0; c < width; c += lanes) {
-      const Vec<T> e = exp(load(row + c) - splat(top));
-      if constexpr (kKeep) store(rows + i * width + c, e);
-      sum += e;
+      sum += exp(load(row + c) - splat(top));
     }
     sums[i] = sum;
   }
@@ -122,7 +116,7 @@ inline void gate_gradient(const WindowTask& task, Arena arena) {
     const int64_t n = left < cpu::kWindowQueries ? left : cpu::kWindowQueries;
     const RowsInUse<T> dys(dy, first, n, s.dy, width), ys(y, first, n, s.y, width),
         locals(local, first, n, s.local, width);
-    gate_rows<T, false>(task, 0, first, n, s.gate, s.share, s.rest);
+    gate_rows<T>(task, 0, first, n, s.gate, s.share, s.rest);
     for (int64_t group = 0; group < n; group += lanes) {
       const int64_t count = n - group < lanes ? n - group : lanes;
       Vec<T> along_local[lanes], along_y[lanes];
@@ -134,49 +128,19 @@ inline void gate_gradient(const WindowTask& task, Arena arena) {
         along_y[i] = lane_products(row, ys.data + (group + i) * ys.stride, width);
       }
       const Vec<T> share = load(s.share + group), of_local = sums_of<T>(along_local);
-      const Vec<T> delta = share * of_local, d_gate = share * (of_local - sums_of<T>(along_y));
+      const Vec<T> delta = share * of_local, d = share * (of_local - sums_of<T>(along_y));
       for (int64_t i = 0; i < count; ++i) {
         at<T>(task.share, first + group + i, 0) = share[i];
         at<T>(task.delta, first + group + i, 0) = delta[i];
-        at<T>(task.d_gate, first + group + i, 0) = d_gate[i];
+        at<T>(task.d_latents, first + group + i, 0) = -d[i];
+        static_cast<T*>(task.d_zeroth.data)[(first + group + i) * task.d_zeroth.stride_t] =
+            T(task.gate_scale) * d[i];
       }
     }
     if (task.d_global.data)
       d_global.write(first, n, [&](int64_t i, int64_t c) {
         return load(dys.data + i * dys.stride + c) * s.rest[i];
       });
-  }
-}
-
-// Completes dq_latent, whose columns 1.. hold what the latents' own softmax gives.
-template <class T>
-inline void gate_spread(const WindowTask& task, Arena arena) {
-  const GateScratch<T> s(arena, task);
-  T* const rows = arena.take<T>(gate_size<T>(task));
-  const int64_t width = gate_width<T>(task);
-  const cpu::Rows latents = behind_gate<T>(task.dq_latent);
-  const Source<T> source(latents, PerRow::every, task.latents, 1, T(0));
-  const Sink<T> sink(latents, PerRow::every, task.latents, 1);
-  for (int64_t first = task.begin; first < task.end; first += cpu::kWindowQueries) {
-    const int64_t left = task.end - first;
-    const int64_t n = left < cpu::kWindowQueries ? left : cpu::kWindowQueries;
-    for (int64_t i = 0; i < n; ++i)
-      static_cast<T*>(task.dq_latent.data)[(first + i) * task.dq_latent.stride_t] =
-          T(task.gate_scale) * at<T>(task.d_gate, first + i, 0);
-    if (task.latents == 0) continue;
-    gate_rows<T, true>(task, 0, first, n, s.gate, s.share, s.rest);
-    const RowsInUse<T> old(source, first, n, rows, width);
-    for (int64_t i = 0; i < n; ++i) {
-      const T* const e = s.gate + i * width;
-      Vec<T> sum = {};
-      for (int64_t c = 0; c < width; c += kLanes<T>) sum += load(e + c);
-      const T others = reduce_add<T>(sum);
-      const T d = T(task.gate_scale) * at<T>(task.d_gate, first + i, 0);
-      const Vec<T> factor = splat(others == 0 ? T(0) : -d / others);
-      for (int64_t c = 0; c < width; c += kLanes<T>)
-        store(rows + i * width + c, load(old.data + i * old.stride + c) + factor * load(e + c));
-    }
-    sink.write(first, n, [&](int64_t i, int64_t c) { return load(rows + i * width + c); });
   }
 }
 

@@ -114,6 +114,17 @@ LATTE_INLINE Stream<const T> column_operand(const Source<T>& source, int64_t fir
 }
 
 template <class T>
+LATTE_INLINE T& at(const cpu::Column& column, int64_t t, int64_t g) {
+  return static_cast<T*>(column.data)[t * column.stride_t + g * column.stride_g];
+}
+
+// What row i of dq, a token and query head, adds to u - <p, u>: dq = p (that) scale.
+template <class T>
+LATTE_INLINE T log_sum_gradient(const HeadTask& task, int64_t i) {
+  return task.d_log_sum.data ? at<T>(task.d_log_sum, i / task.group, i % task.group) : T(0);
+}
+
+template <class T>
 LATTE_INLINE T read(const void* base, int64_t offset) {
   return static_cast<const T*>(base)[offset];
 }

@@ -17,6 +17,12 @@ struct Rows {
   int64_t stride_t = 0, stride_g = 0, stride_c = 0;
 };
 
+// One number of the compute type per token and query head of the group.
+struct Column {
+  void* data = nullptr;
+  int64_t stride_t = 0, stride_g = 0;
+};
+
 // The state of one head, in the compute type. max == nullptr and norm == nullptr: absent.
 struct HeadState {
   void* max = nullptr;
@@ -34,6 +40,7 @@ struct HeadTask {
   double scale = 1.0;
   Rows q, k, v, y;
   Rows dy, dq, dk, dv;
+  Column d_log_sum;  // optional, added to the gradient of every logit of q by its probability
   const bool* key_mask = nullptr;
   int64_t key_mask_stride = 0;
   HeadState initial, final;  // of a step: initial is updated in place

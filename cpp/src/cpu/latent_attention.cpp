@@ -14,6 +14,7 @@ namespace latte {
 namespace {
 
 using cpu::at;
+using cpu::column_of;
 using cpu::HeadState;
 using cpu::HeadTask;
 using cpu::kAlignment;
@@ -118,6 +119,7 @@ class BackwardCall {
     HeadTask t = sequence_task(p_, problem, sequence, head, group_);
     const Range range = range_of(p_, problem, sequence);
     t.dy = rows_of(p_.dy, range.batch, head, range.first);
+    t.d_log_sum = column_of(p_.d_log_sum, range.batch, head, range.first);
     t.dq = rows_of(p_.dq, range.batch, head, range.first);
     t.dk = rows_of(p_.dk, range.batch, kv_head, range.first);
     t.dv = rows_of(p_.dv, range.batch, kv_head, range.first);

@@ -33,6 +33,13 @@ inline Rows rows_of(const Tensor& t, int64_t batch, int64_t head, int64_t first)
           t.stride[2], t.stride[1], t.stride[3]};
 }
 
+// One number per token: of a (B, heads, T) tensor.
+inline Column column_of(const Tensor& t, int64_t batch, int64_t head, int64_t first) {
+  if (!present(t)) return {};
+  return {at(t, batch * t.stride[0] + head * t.stride[1] + first * t.stride[2]), t.stride[2],
+          t.stride[1]};
+}
+
 // The same of an (N, heads, C) tensor: one token.
 inline Rows row_of(const Tensor& t, int64_t sequence, int64_t head) {
   if (!present(t)) return {};

@@ -424,7 +424,7 @@ class WindowForward {
       const RowsInUse<T> global = task_.latents > 0
                                       ? RowsInUse<T>(source, first, n, global_, value_width_)
                                       : RowsInUse<T>(global_, value_width_);
-      gate_rows<T, false>(task_, 0, first, n, gate_, share_, rest_);
+      gate_rows<T>(task_, 0, first, n, gate_, share_, rest_);
       for (int64_t i = 0; i < n; ++i) {
         const Vec<T> share = splat(share_[i]), rest = splat(rest_[i]);
         for (int64_t c = 0; c < value_width_; c += kLanes<T>) {

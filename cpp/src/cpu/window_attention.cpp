@@ -13,7 +13,7 @@ namespace latte {
 namespace {
 
 using cpu::at;
-using cpu::Column;
+using cpu::column_of;
 using cpu::element_size;
 using cpu::kAlignment;
 using cpu::row_of;
@@ -23,12 +23,6 @@ using cpu::WindowStepTask;
 using cpu::WindowTask;
 
 int64_t round_up(int64_t bytes) { return (bytes + kAlignment - 1) / kAlignment * kAlignment; }
-
-Column column_of(const Tensor& t, int64_t batch, int64_t head, int64_t first) {
-  if (!present(t)) return {};
-  return {at(t, batch * t.stride[0] + head * t.stride[1] + first * t.stride[2]), t.stride[2],
-          t.stride[1]};
-}
 
 // A dense tensor in the workspace.
 Tensor dense(char* data, DType dtype, std::initializer_list<int64_t> shape) {
@@ -338,11 +332,8 @@ class MacchiatoBackwardCall {
   int64_t bytes() const {
     static char placeholder[kAlignment];
     const Stages s(p_, part(), placeholder);
-    int64_t scratch = BackwardCall(s.window, s.problem, threads_).bytes();
-    for (const WindowKernel kernel : {WindowKernel::gate_gradient, WindowKernel::gate_spread}) {
-      const int64_t n = gate_stage(s, kernel).bytes();
-      scratch = n > scratch ? n : scratch;
-    }
+    const int64_t window = BackwardCall(s.window, s.problem, threads_).bytes();
+    const int64_t gate = gate_stage(s).bytes(), scratch = gate > window ? gate : window;
     const int64_t latent = problem_.latents > 0 ? workspace_bytes(s.latent, threads_) : int64_t{0};
     return s.bytes + (latent > scratch ? latent : scratch);
   }
@@ -353,25 +344,20 @@ class MacchiatoBackwardCall {
       const Stages s(p_, part, base);
       char* const memory = base + s.bytes;
       const auto gate = [&](WindowTask& task, const auto& r, int64_t head) {
-        task.gate = rows_of(s.q_latent, r.batch, head, r.first);
-        task.gate_scale = p_.latent.scale;
         task.share = column_of(s.share, r.batch, head, r.first);
         task.delta = column_of(s.delta, r.batch, head, r.first);
-        task.d_gate = column_of(s.d_gate, r.batch, head, r.first);
       };
-      gate_stage(s, WindowKernel::gate_gradient)
-          .run(memory, [&](WindowTask& task, const auto& r, int64_t head, int64_t) {
-            gate(task, r, head);
-            task.dy = rows_of(s.window.dy, r.batch, head, r.first);
-            task.global = rows_of(s.y, r.batch, head, r.first);
-            if (problem_.latents > 0) task.d_global = rows_of(s.latent.dy, r.batch, head, r.first);
-          });
+      gate_stage(s).run(memory, [&](WindowTask& task, const auto& r, int64_t head, int64_t) {
+        gate(task, r, head);
+        task.gate = rows_of(s.q_latent, r.batch, head, r.first);
+        task.gate_scale = p_.latent.scale;
+        task.dy = rows_of(s.window.dy, r.batch, head, r.first);
+        task.global = rows_of(s.y, r.batch, head, r.first);
+        task.d_latents = column_of(s.latent.d_log_sum, r.batch, head, r.first);
+        task.d_zeroth = rows_of(s.dq_latent, r.batch, head, r.first);
+        if (problem_.latents > 0) task.d_global = rows_of(s.latent.dy, r.batch, head, r.first);
+      });
       if (problem_.latents > 0) latent_attention_backward(s.latent, memory, threads_);
-      gate_stage(s, WindowKernel::gate_spread)
-          .run(memory, [&](WindowTask& task, const auto& r, int64_t head, int64_t) {
-            gate(task, r, head);
-            task.dq_latent = rows_of(s.dq_latent, r.batch, head, r.first);
-          });
       BackwardCall(s.window, s.problem, threads_)
           .run(memory, [&](WindowTask& task, const auto& r, int64_t head) {
             gate(task, r, head);
@@ -401,7 +387,7 @@ class MacchiatoBackwardCall {
       };
       latent.dy = dense(take(problem.latents > 0 ? rows * problem.dim : 0), compute,
                         {problem.batch, problem.heads, problem.tokens, problem.dim});
-      for (Tensor* column : {&share, &delta, &d_gate})
+      for (Tensor* column : {&share, &delta, &latent.d_log_sum})
         *column = dense(take(rows), compute, {problem.batch, problem.heads, problem.tokens});
       latent.q = behind_gate(q_latent, 3);
       latent.dq = behind_gate(dq_latent, 3);
@@ -416,15 +402,16 @@ class MacchiatoBackwardCall {
       window.key_mask = part.rows(window.key_mask);
     }
     WindowProblem problem;
-    Tensor q_latent, y, dq_latent, share, delta, d_gate;
+    Tensor q_latent, y, dq_latent, share, delta;
     LatentAttentionBackward latent;
     SlidingWindowBackward window;
     int64_t bytes = 0;
   };
 
   Part part() const { return {problem_, p_.latent.k.shape[1], threads_}; }
-  Stage<SlidingWindowBackward> gate_stage(const Stages& s, WindowKernel kernel) const {
-    return {s.window, s.problem, kernel, s.problem.heads, row_flops(s.problem), threads_};
+  Stage<SlidingWindowBackward> gate_stage(const Stages& s) const {
+    return {s.window, s.problem, WindowKernel::gate_gradient, s.problem.heads, row_flops(s.problem),
+            threads_};
   }
 
   const MacchiatoBackward& p_;

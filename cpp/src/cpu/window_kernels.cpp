@@ -21,9 +21,7 @@ int64_t workspace(WindowKernel kernel, const WindowTask& task) {
       WindowBackward<T>(arena, task);
       break;
     case WindowKernel::gate_gradient:
-    case WindowKernel::gate_spread:
       GateScratch<T>(arena, task);
-      arena.take<T>(gate_size<T>(task));
       break;
   }
   return arena.used();
@@ -42,9 +40,6 @@ void run(WindowKernel kernel, const WindowTask& task, void* memory) {
       break;
     case WindowKernel::gate_gradient:
       gate_gradient<T>(task, arena);
-      break;
-    case WindowKernel::gate_spread:
-      gate_spread<T>(task, arena);
       break;
   }
 }

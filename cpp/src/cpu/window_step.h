@@ -157,7 +157,7 @@ inline void window_step(const WindowStepTask& task, Arena arena) {
 
   for (int64_t g = 0; task.gate.data && g < task.group; ++g) {
     T* const y = s.y + g * s.value_width;
-    gate_rows<T, false>(task, g, 0, 1, s.gate, s.share, s.rest);
+    gate_rows<T>(task, g, 0, 1, s.gate, s.share, s.rest);
     for (int64_t c = 0; c < s.value_width; c += kLanes<T>) store(s.global + c, Vec<T>{});
     if (task.latents > 0)
       Source<T>(head_of<T>(task.global, g), PerRow::every, task.dim, 1, T(0))

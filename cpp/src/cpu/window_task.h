@@ -6,12 +6,6 @@
 
 namespace latte::cpu {
 
-// One number of the compute type per token and query head of the group.
-struct Column {
-  void* data = nullptr;
-  int64_t stride_t = 0, stride_g = 0;
-};
-
 // The queries [begin, end) of one sequence, of one query head forward and of one key/value head
 // backward. Query t stands at key past + t.
 struct WindowTask {
@@ -38,9 +32,9 @@ struct WindowTask {
   Column d_log_sum;
   // With a gate, from the stage before: dy's factor and <dy, local> times it.
   Column share, delta;
-  Column d_gate;   // gradient of the log-odds of column 0
-  Rows d_global;   // rest * dy
-  Rows dq_latent;  // (1 + latents)
+  Column d_latents;  // gradient of the log of the latents' sum
+  Rows d_global;     // rest * dy
+  Rows d_zeroth;     // one channel: gradient of column 0
 };
 
 // One token of one key/value head. The ring's slots lie along stride_t of k_ring and v_ring.
@@ -59,9 +53,8 @@ struct WindowStepTask {
 
 enum class WindowKernel : int32_t {
   forward,
-  gate_gradient,  // share, delta, d_gate and d_global of a task with a gate
+  gate_gradient,  // share, delta, d_latents, d_global and d_zeroth of a task with a gate
   backward,       // dq, dk, dv
-  gate_spread,    // dq_latent of the window's part: column 0 whole, the others added to
 };
 
 }  // namespace latte::cpu
