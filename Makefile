@@ -93,8 +93,7 @@ lint: $(VENV)/requirements $(GTEST_HEADER)
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp')
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/lint -G Ninja -DLATTE_OPENMP=OFF >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/clang-tidy --quiet -p build/lint \
-	  cpp/src/common/*.cpp cpp/src/cpu/dispatch.cpp cpp/src/cpu/latent_attention.cpp \
-	  cpp/src/cpu/peak.cpp cpp/src/cpu/recurrence.cpp cpp/src/cpu/short_conv.cpp cpp/src/cpu/window_attention.cpp
+	  cpp/src/common/*.cpp $(filter-out %kernels.cpp,$(wildcard cpp/src/cpu/*.cpp))
 
 format: $(VENV)/requirements
 	$(BIN)/ruff check --fix .

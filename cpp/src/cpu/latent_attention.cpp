@@ -311,10 +311,7 @@ template <class Params, class Call>
 void run_call(const Params& params, const char* op, void* workspace, int threads) {
   const Call call(params);
   validate_threads(op, threads);
-  if (!workspace)
-    throw Error(Error::Kind::value,
-                "[" + std::string(op) + "] workspace is null, expected workspace_bytes() bytes");
-  char* const base = cpu::aligned(workspace);
+  char* const base = cpu::workspace_base(workspace, op);
   with_plan(call, threads, [&](const auto& plan) { plan.run(base); });
 }
 

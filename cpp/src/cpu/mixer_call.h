@@ -3,8 +3,6 @@
 // sequences and channels are spread over tasks.
 #pragma once
 
-#include <string>
-
 #include "common/validate.h"
 #include "common/validate_mixers.h"
 #include "cpu/heuristics.h"
@@ -88,10 +86,6 @@ class Grid {
   int64_t sequences_, channels_, groups_ = 0, blocks_ = 1, width_ = 0;
 };
 
-constexpr int64_t round_to_alignment(int64_t bytes) {
-  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
-}
-
 // workspace_bytes() and the call itself, by a Plan<Call> of the operator.
 template <template <class> class Plan, class Call, class Params>
 int64_t call_workspace(const Params& params, const char* op, int threads) {
@@ -104,10 +98,7 @@ void run_call(const Params& params, const char* op, void* workspace, int threads
   const Call call(params);
   validate_threads(op, threads);
   const Plan<Call> plan(call, threads);
-  if (!workspace)
-    throw Error(Error::Kind::value,
-                "[" + std::string(op) + "] workspace is null, expected workspace_bytes() bytes");
-  plan.run(aligned(workspace));
+  plan.run(workspace_base(workspace, op));
 }
 
 }  // namespace latte::cpu

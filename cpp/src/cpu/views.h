@@ -2,6 +2,8 @@
 // The caller's tensors as the rows of one head.
 #pragma once
 
+#include <string>
+
 #include "common/validate.h"
 #include "cpu/kernels.h"
 
@@ -48,7 +50,15 @@ inline Rows row_of(const Tensor& t, int64_t sequence, int64_t head) {
 
 inline constexpr int64_t kAlignment = 64;
 
-inline char* aligned(void* workspace) {
+constexpr int64_t round_to_alignment(int64_t bytes) {
+  return (bytes + kAlignment - 1) / kAlignment * kAlignment;
+}
+
+// The first aligned byte of a workspace, which a call must have.
+inline char* workspace_base(void* workspace, const char* op) {
+  if (!workspace)
+    throw Error(Error::Kind::value,
+                "[" + std::string(op) + "] workspace is null, expected workspace_bytes() bytes");
   const auto address = reinterpret_cast<uintptr_t>(workspace);
   return static_cast<char*>(workspace) + (kAlignment - address % kAlignment) % kAlignment;
 }
