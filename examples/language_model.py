@@ -62,13 +62,16 @@ def markdown(rows: Sequence[dict[str, Any]], seconds: float, trigram: float) -> 
         f"Bits per byte of held-out text after {seconds:.0f} CPU seconds of training on one thread"
         f" (trigram: {trigram:.3f}):",
         "",
-        "| variant | bits per byte | parameters | steps | ms a step | ms a token | cache, bytes |",
+        "| variant | bits per byte | parameters | steps | time of a step | of a token | cache, bytes |",
         "|---|---|---|---|---|---|---|",
     ]
+    # Times as multiples of the first variant's, since a machine's own say little.
+    base = rows[0]
     for row in sorted(rows, key=lambda row: row["bits_per_byte"]):
         lines.append(
             f"| {row['variant']} | {row['bits_per_byte']:.3f} | {row['parameters']:,} | "
-            f"{row['steps']:,} | {row['step_ms']:.1f} | {row['decode_ms']:.2f} | "
+            f"{row['steps']:,} | {row['step_ms'] / base['step_ms']:.2f} x | "
+            f"{row['decode_ms'] / base['decode_ms']:.2f} x | "
             f"{row['cache_bytes']:,} |"
         )
     return "\n".join(lines) + "\n"

@@ -65,6 +65,10 @@ def test_results_are_complete() -> None:
     assert (EXAMPLES / "results" / "recall.md").read_text() == module.markdown(recall["rows"])
     language = json.loads((EXAMPLES / "results" / "language_model.json").read_text())
     assert {row["variant"] for row in language["rows"]} == set(VARIANTS)
+    page = load("language_model").markdown(
+        language["rows"], language["seconds"], language["trigram"]
+    )
+    assert (EXAMPLES / "results" / "language_model.md").read_text() == page
     best = min(language["rows"], key=lambda row: row["bits_per_byte"])
     assert best["variant"] == demo.VARIANT
 
