@@ -62,7 +62,7 @@ def markdown(rows: Sequence[dict[str, Any]], seconds: float, trigram: float) -> 
         f"Bits per byte of held-out text after {seconds:.0f} CPU seconds of training on one thread"
         f" (trigram: {trigram:.3f}):",
         "",
-        "| variant | bits per byte | parameters | steps | time of a step | of a token | cache, bytes |",
+        "| variant | bits per byte | parameters | steps | step time | token time | cache, bytes |",
         "|---|---|---|---|---|---|---|",
     ]
     # Times as multiples of the first variant's, since a machine's own say little.
