@@ -3,11 +3,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor
 
-FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_INTEGERS = (torch.int32, torch.int64)
+Backend = Literal["cpu", "cuda", "reference"]
+
+_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_DTYPES: dict[str, tuple[torch.dtype, ...]] = {
+    "cu_seqlens": (torch.int32, torch.int64),
+    "fresh": (torch.bool,),
+    "key_mask": (torch.bool,),
+}
 
 
 def check_tensors(op: str, required: dict[str, Tensor], **optional: Tensor | None) -> None:
@@ -16,21 +25,12 @@ def check_tensors(op: str, required: dict[str, Tensor], **optional: Tensor | Non
     Raises:
         TypeError: types, dtypes and layouts; RuntimeError: devices.
     """
-    first, device = next(iter(required.items()))
-    for name, tensor in (*required.items(), *optional.items()):
-        if tensor is None and name in optional:
+    first, beside = next(iter(required.items()))
+    for name, given in (*required.items(), *optional.items()):
+        if given is None and name in optional:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"[{op}] {name} is a {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.device != device.device:
-            raise RuntimeError(
-                f"[{op}] {name} is on {tensor.device}, expected {device.device} as {first}"
-            )
-        allowed: tuple[torch.dtype, ...] = FLOATING
-        if name == "cu_seqlens":
-            allowed = _INTEGERS
-        elif name in ("fresh", "key_mask"):
-            allowed = (torch.bool,)
+        tensor = _tensor(op, name, given, beside, first)
+        allowed = _DTYPES.get(name, _FLOATING)
         if tensor.dtype not in allowed:
             expected = " or ".join(str(dtype) for dtype in allowed)
             raise TypeError(f"[{op}] {name} has dtype {tensor.dtype}, expected {expected}")
@@ -38,11 +38,52 @@ def check_tensors(op: str, required: dict[str, Tensor], **optional: Tensor | Non
             raise TypeError(f"[{op}] {name} has layout {tensor.layout}, expected torch.strided")
 
 
+def check_beside(op: str, q: Tensor, name: str, tensor: Tensor) -> None:
+    """A floating-point tensor on q's device, float64 if and only if q is.
+
+    Raises:
+        TypeError: types and dtypes; RuntimeError: devices.
+    """
+    tensor = _tensor(op, name, tensor, q, "q")
+    is_double = q.dtype == torch.float64
+    if tensor.dtype not in _FLOATING or (tensor.dtype == torch.float64) != is_double:
+        expected = "float64 as q" if is_double else "float32, bfloat16 or float16"
+        raise TypeError(f"[{op}] {name} has dtype {tensor.dtype}, expected {expected}")
+
+
+def _tensor(op: str, name: str, given: object, beside: Tensor, first: str) -> Tensor:
+    if not isinstance(given, Tensor):
+        raise TypeError(f"[{op}] {name} is a {type(given).__name__}, expected a torch.Tensor")
+    check_device(op, name, given.device, beside, first)
+    return given
+
+
+def check_device(
+    op: str, name: str, device: torch.device, beside: Tensor, first: str = "q"
+) -> None:
+    """Raises RuntimeError for a device that is not that of `beside`, the argument `first`."""
+    if device != beside.device:
+        raise RuntimeError(f"[{op}] {name} is on {device}, expected {beside.device} as {first}")
+
+
+def check_type(op: str, name: str, value: object, expected: type) -> None:
+    """Raises TypeError for a value that is not of the expected class."""
+    if not isinstance(value, expected):
+        raise TypeError(
+            f"[{op}] {name} is a {type(value).__name__}, expected a {expected.__name__}"
+        )
+
+
 def check_flags(op: str, **flags: bool) -> None:
     """Raises TypeError for a flag that is not a bool."""
     for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise TypeError(f"[{op}] {name} is a {type(flag).__name__}, expected a bool")
+        check_type(op, name, flag, bool)
+
+
+def check_scale(op: str, scale: float) -> None:
+    """Raises TypeError for a scale that is not a number."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"[{op}] scale is a {type(scale).__name__}, expected a float")
 
 
 def check_rank(op: str, rank: int, **tensors: Tensor | None) -> None:
@@ -52,6 +93,20 @@ def check_rank(op: str, rank: int, **tensors: Tensor | None) -> None:
             raise ValueError(
                 f"[{op}] {name} has shape {tuple(tensor.shape)}, expected {rank} dimensions"
             )
+
+
+def check_shape(op: str, name: str, tensor: Tensor, *expected: int) -> None:
+    """Raises ValueError for another shape."""
+    if tuple(tensor.shape) != expected:
+        raise ValueError(f"[{op}] {name} has shape {tuple(tensor.shape)}, expected {expected}")
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor | None) -> None:
+    """Raises ValueError; states are sized from this shape before the core sees the call."""
+    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1):
+        raise ValueError(
+            f"[{op}] cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (sequences + 1,)"
+        )
 
 
 def check_backend(op: str, name: str, tensor: Tensor, backend: str | None) -> None:
@@ -70,3 +125,13 @@ def check_backend(op: str, name: str, tensor: Tensor, backend: str | None) -> No
             f"[{op}] {name} is on {tensor.device}, expected a CPU or CUDA tensor, or "
             "backend='reference'"
         )
+
+
+def check_by_core(check: Callable[[Tensor | None], None], cu_seqlens: Tensor | None) -> None:
+    """Holds the reference to the contract of the core, by the core's own checks.
+
+    Args:
+        check: calls one of them, given the borders on the CPU. A tracer cannot enter it.
+    """
+    if not torch.compiler.is_compiling():
+        check(None if cu_seqlens is None else cu_seqlens.cpu())

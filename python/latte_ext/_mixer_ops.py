@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from ._checks import check_rank
+from ._checks import check_cu_seqlens, check_rank, check_shape
 from ._ops import _LIBRARY, _OPS, _mark_updated, _refuse_transforms, _unbuilt_cuda
 
 _SCHEMAS = (
@@ -50,13 +50,6 @@ def _sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:
     return x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
 
 
-def _check_cu_seqlens(op: str, cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1):
-        raise ValueError(
-            f"[{op}] cu_seqlens has shape {tuple(cu_seqlens.shape)}, expected (sequences + 1,)"
-        )
-
-
 def _like(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x.new_empty(x.shape, dtype=dtype or x.dtype)
 
@@ -68,7 +61,7 @@ def _like_or_nothing(x: Tensor | None, other: Tensor) -> Tensor:
 def _recurrence_outputs(
     op: str, x: Tensor, cu_seqlens: Tensor | None, dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor]:
-    _check_cu_seqlens(op, cu_seqlens)
+    check_cu_seqlens(op, cu_seqlens)
     state_shape = (_sequences(x, cu_seqlens), x.shape[2])
     return _like(x, dtype), x.new_empty(state_shape, dtype=compute_dtype(x.dtype))
 
@@ -265,11 +258,6 @@ class _RgLru(torch.autograd.Function):
         _refuse_forward_mode("rg_lru")
 
 
-def _check_shape(op: str, name: str, x: Tensor, *expected: int) -> None:
-    if tuple(x.shape) != expected:
-        raise ValueError(f"[{op}] {name} has shape {tuple(x.shape)}, expected {expected}")
-
-
 def _gated_step_fake(
     x: Tensor,
     gate_a: Tensor,
@@ -282,10 +270,10 @@ def _gated_step_fake(
     check_rank(op, 2, x=x)
     n, channels = x.shape
     for name, tensor in (("gate_a", gate_a), ("gate_x", gate_x), ("state", state)):
-        _check_shape(op, name, tensor, n, channels)
-    _check_shape(op, "log_lambda", log_lambda, channels)
+        check_shape(op, name, tensor, n, channels)
+    check_shape(op, "log_lambda", log_lambda, channels)
     if fresh is not None:
-        _check_shape(op, "fresh", fresh, n)
+        check_shape(op, "fresh", fresh, n)
     return _like(x)
 
 
@@ -329,7 +317,7 @@ def _conv_fake(
     op = "short_conv"
     check_rank(op, 3, x=x)
     check_rank(op, 2, weight=weight)
-    _check_cu_seqlens(op, cu_seqlens)
+    check_cu_seqlens(op, cu_seqlens)
     tail = max(weight.shape[1] - 1, 0) if causal else 0
     return _like(x), x.new_empty((_sequences(x, cu_seqlens), tail, x.shape[2]))
 
@@ -412,10 +400,10 @@ def _conv_step_fake(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tenso
     op = "short_conv_step"
     check_rank(op, 2, x=x, weight=weight)
     n, channels = x.shape
-    _check_shape(op, "weight", weight, channels, weight.shape[1])
-    _check_shape(op, "state", state, n, max(weight.shape[1] - 1, 0), channels)
+    check_shape(op, "weight", weight, channels, weight.shape[1])
+    check_shape(op, "state", state, n, max(weight.shape[1] - 1, 0), channels)
     if bias is not None:
-        _check_shape(op, "bias", bias, channels)
+        check_shape(op, "bias", bias, channels)
     return _like(x)
 
 

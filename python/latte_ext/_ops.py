@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _core
+from ._checks import check_cu_seqlens, check_rank
 
 _LIBRARY = torch.library.Library("latte_ext", "DEF")
 
@@ -55,23 +56,6 @@ def _empty_state(
     )
 
 
-def _check_ranks(op: str, rank: int, **tensors: Tensor) -> None:
-    # Outputs are sized from these shapes before the core sees the call.
-    for name, tensor in tensors.items():
-        if tensor.dim() != rank:
-            raise ValueError(
-                f"[{op}] {name} has shape {tuple(tensor.shape)}, expected {rank} dimensions"
-            )
-
-
-def _check_cu_seqlens(cu_seqlens: Tensor | None) -> None:
-    if cu_seqlens is not None and (cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1):
-        raise ValueError(
-            f"[latent_attention] cu_seqlens has shape {tuple(cu_seqlens.shape)}, "
-            "expected (sequences + 1,)"
-        )
-
-
 def _output(q: Tensor, v: Tensor) -> Tensor:
     return v.new_empty((q.shape[0], q.shape[1], q.shape[2], v.shape[3]))
 
@@ -79,8 +63,8 @@ def _output(q: Tensor, v: Tensor) -> Tensor:
 def _forward_outputs(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    _check_ranks("latent_attention", 4, q=q, k=k, v=v)
-    _check_cu_seqlens(cu_seqlens)
+    check_rank("latent_attention", 4, q=q, k=k, v=v)
+    check_cu_seqlens("latent_attention", cu_seqlens)
     return (_output(q, v), *_empty_state(q, k, v, cu_seqlens))
 
 
@@ -162,7 +146,7 @@ def _backward_fake(
 
 
 def _step_output(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    _check_ranks("latent_attention_step", 3, q=q, k=k, v=v)
+    check_rank("latent_attention_step", 3, q=q, k=k, v=v)
     return v.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 

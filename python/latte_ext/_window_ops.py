@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from . import _core
+from ._checks import check_rank
 from ._ops import (
     _LIBRARY,
     _OPS,
-    _check_ranks,
     _contiguous_like,
     _mark_updated,
     _refuse_transforms,
@@ -106,7 +106,7 @@ def _forward_fake(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_ranks("sliding_window_attention", 4, q=q, k=k, v=v)
+    check_rank("sliding_window_attention", 4, q=q, k=k, v=v)
     return _window_outputs(q, k, v, save)
 
 
@@ -122,7 +122,7 @@ def _forward_cpu(
     scale: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check_ranks("sliding_window_attention", 4, q=q, k=k, v=v)
+    check_rank("sliding_window_attention", 4, q=q, k=k, v=v)
     y, log_sum, wide = _window_outputs(q, k, v, save)
     _core.sliding_window_forward(
         q, k, v, key_mask, cu_seqlens, y, log_sum, _given(wide), window, past, causal, scale,
@@ -239,7 +239,7 @@ def _macchiato_outputs(
     cu_seqlens: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, ...]:
-    _check_ranks("macchiato_attention", 4, q_latent=q_latent, k_latent=k_latent, q=q, k=k, v=v)
+    check_rank("macchiato_attention", 4, q_latent=q_latent, k_latent=k_latent, q=q, k=k, v=v)
     y, log_sum, wide = _window_outputs(q, k, v, save, always_wide=True)
     total = y.new_empty(y.shape if y.dtype != wide.dtype else (0,), dtype=wide.dtype)
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
@@ -437,7 +437,7 @@ def _step_output(q: Tensor, v: Tensor) -> Tensor:
 
 
 def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    _check_ranks("sliding_window_attention_step", 3, q=q, k=k, v=v)
+    check_rank("sliding_window_attention_step", 3, q=q, k=k, v=v)
     return _step_output(q, v)
 
 
@@ -455,7 +455,7 @@ def _step_cpu(
     sink_position: Tensor | None,
     scale: float,
 ) -> Tensor:
-    _check_ranks("sliding_window_attention_step", 3, q=q, k=k, v=v)
+    check_rank("sliding_window_attention_step", 3, q=q, k=k, v=v)
     y = _step_output(q, v)
     _core.sliding_window_step(
         q, k, v, key, value, valid, position, q_sink, k_sink, v_sink, sink_position, y, scale,
@@ -468,7 +468,7 @@ def _step_cpu(
 def _macchiato_step_fake(
     q_latent: Tensor, k_latent: Tensor, v_latent: Any, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> Tensor:
-    _check_ranks("macchiato_attention_step", 3, q_latent=q_latent, k_latent=k_latent, q=q, k=k, v=v)
+    check_rank("macchiato_attention_step", 3, q_latent=q_latent, k_latent=k_latent, q=q, k=k, v=v)
     return _step_output(q, v)
 
 
@@ -493,7 +493,7 @@ def _macchiato_step_cpu(
     scale: float,
     latent_scale: float,
 ) -> Tensor:
-    _check_ranks("macchiato_attention_step", 3, q_latent=q_latent, k_latent=k_latent, q=q, k=k, v=v)
+    check_rank("macchiato_attention_step", 3, q_latent=q_latent, k_latent=k_latent, q=q, k=k, v=v)
     y = _step_output(q, v)
     _core.macchiato_step(
         q_latent, k_latent, v if v_latent is None else v_latent, q, k, v, max, norm, mean, key,

@@ -6,14 +6,11 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from . import _core, _mixer_ops
 from . import _reference_mixers as reference
-from ._checks import check_backend, check_flags, check_tensors
-
-Backend = Literal["cpu", "cuda", "reference"]
+from ._checks import Backend, check_backend, check_by_core, check_flags, check_tensors
 
 
 @overload
@@ -82,10 +79,10 @@ def short_conv(
         name = "return_state" if state is None else "state"
         raise ValueError(f"[{op}] got {name} with causal=False, expected causal=True")
     if backend == "reference":
-        # Held to the contract of the core, by the core's own checks, which a tracer cannot enter.
-        if not torch.compiler.is_compiling():
-            borders = None if cu_seqlens is None else cu_seqlens.cpu()
-            _core.short_conv_check(x, weight, bias, borders, state, causal)
+        check_by_core(
+            lambda borders: _core.short_conv_check(x, weight, bias, borders, state, causal),
+            cu_seqlens,
+        )
         y, final = reference.short_conv(
             x, weight, bias, causal=causal, state=state, cu_seqlens=cu_seqlens
         )

@@ -6,13 +6,20 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from . import _core, _ops, reference
+from ._checks import (
+    Backend,
+    check_backend,
+    check_by_core,
+    check_device,
+    check_flags,
+    check_scale,
+    check_tensors,
+    check_type,
+)
 from .state import LatentState
-
-Backend = Literal["cpu", "cuda", "reference"]
 
 
 @overload
@@ -82,17 +89,18 @@ def latent_attention(
         ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
     """
     op = "latent_attention"
-    _check_tensors(op, q=q, k=k, v=v, key_mask=key_mask, cu_seqlens=cu_seqlens)
-    _check_scalars(op, scale, causal)
+    check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    check_flags(op, causal=causal)
+    check_scale(op, scale)
     triple = _state_tensors(op, q, state)
-    _check_backend(op, q, backend)
+    check_backend(op, "q", q, backend)
     if backend == "reference":
-        # Held to the contract of the core, by the core's own checks, which a tracer cannot enter.
-        if not torch.compiler.is_compiling():
-            borders = None if cu_seqlens is None else cu_seqlens.cpu()
-            _core.latent_attention_check(
+        check_by_core(
+            lambda borders: _core.latent_attention_check(
                 q, k, v, key_mask, borders, triple[0], triple[1], triple[2], causal, scale
-            )
+            ),
+            cu_seqlens,
+        )
         y, final = reference.latent_attention(
             q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
             state=None if state is None else state.tensors(),
@@ -128,44 +136,11 @@ def latent_attention_step(
         if y is not None:
             return y
     op = "latent_attention_step"
-    _check_tensors(op, q=q, k=k, v=v)
-    _check_scalars(op, scale)
-    if not isinstance(state, LatentState):
-        raise TypeError(f"[{op}] state is a {type(state).__name__}, expected a LatentState")
+    check_tensors(op, {"q": q, "k": k, "v": v})
+    check_scale(op, scale)
+    check_type(op, "state", state, LatentState)
     triple = _state_tensors(op, q, state)
     return _ops.latent_attention_step(q, k, v, *triple, scale)  # type: ignore[no-any-return]
-
-
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-_DTYPES = {
-    "q": _FLOATING,
-    "k": _FLOATING,
-    "v": _FLOATING,
-    "key_mask": (torch.bool,),
-    "cu_seqlens": (torch.int32, torch.int64),
-}
-
-
-def _check_tensors(op: str, q: Tensor, **others: Tensor | None) -> None:
-    for name, tensor in (("q", q), *others.items()):
-        if tensor is None and name in ("key_mask", "cu_seqlens"):
-            continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"[{op}] {name} is a {type(tensor).__name__}, expected a torch.Tensor")
-        if tensor.device != q.device:
-            raise RuntimeError(f"[{op}] {name} is on {tensor.device}, expected {q.device} as q")
-        if tensor.dtype not in _DTYPES[name]:
-            expected = " or ".join(str(dtype) for dtype in _DTYPES[name])
-            raise TypeError(f"[{op}] {name} has dtype {tensor.dtype}, expected {expected}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"[{op}] {name} has layout {tensor.layout}, expected torch.strided")
-
-
-def _check_scalars(op: str, scale: float, causal: bool = True) -> None:
-    if not isinstance(causal, bool):
-        raise TypeError(f"[{op}] causal is a {type(causal).__name__}, expected a bool")
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"[{op}] scale is a {type(scale).__name__}, expected a float")
 
 
 def _state_tensors(
@@ -173,22 +148,6 @@ def _state_tensors(
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
     if state is None:
         return (None, None, None)
-    if not isinstance(state, LatentState):
-        raise TypeError(f"[{op}] state is a {type(state).__name__}, expected a LatentState")
-    if state.mean.device != q.device:
-        raise RuntimeError(f"[{op}] state is on {state.mean.device}, expected {q.device} as q")
+    check_type(op, "state", state, LatentState)
+    check_device(op, "state", state.mean.device, q)
     return (state.max, state.norm, state.mean)
-
-
-def _check_backend(op: str, q: Tensor, backend: str | None) -> None:
-    kind = q.device.type
-    if backend not in (None, "cpu", "cuda", "reference"):
-        raise ValueError(
-            f"[{op}] backend is {backend!r}, expected None, 'cpu', 'cuda' or 'reference'"
-        )
-    if backend in ("cpu", "cuda") and backend != kind:
-        raise ValueError(f"[{op}] backend is {backend!r}, expected one for tensors on {q.device}")
-    if backend is None and kind not in ("cpu", "cuda", "meta"):
-        raise RuntimeError(
-            f"[{op}] q is on {q.device}, expected a CPU or CUDA tensor, or backend='reference'"
-        )

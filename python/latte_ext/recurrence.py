@@ -6,14 +6,11 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 
 from . import _core, _mixer_ops
 from . import _reference_mixers as reference
-from ._checks import check_backend, check_flags, check_tensors
-
-Backend = Literal["cpu", "cuda", "reference"]
+from ._checks import Backend, check_backend, check_by_core, check_flags, check_tensors
 
 
 @overload
@@ -71,10 +68,7 @@ def linear_recurrence(
     check_flags(op, reverse=reverse)
     check_backend(op, "a", a, backend)
     if backend == "reference":
-        # Held to the contract of the core, by the core's own checks, which a tracer cannot enter.
-        if not torch.compiler.is_compiling():
-            borders = None if cu_seqlens is None else cu_seqlens.cpu()
-            _core.linear_recurrence_check(a, b, borders, h0)
+        check_by_core(lambda borders: _core.linear_recurrence_check(a, b, borders, h0), cu_seqlens)
         h, final = reference.linear_recurrence(a, b, h0=h0, cu_seqlens=cu_seqlens, reverse=reverse)
     else:
         h, final = _mixer_ops.linear_recurrence(a, b, cu_seqlens, h0, reverse)
@@ -163,9 +157,12 @@ def rg_lru(
     check_flags(op, reverse=reverse)
     check_backend(op, "x", x, backend)
     if backend == "reference":
-        if not torch.compiler.is_compiling():
-            borders = None if cu_seqlens is None else cu_seqlens.cpu()
-            _core.rg_lru_check(x, gate_a, gate_x, log_lambda, key_mask, borders, h0, fresh)
+        check_by_core(
+            lambda borders: _core.rg_lru_check(
+                x, gate_a, gate_x, log_lambda, key_mask, borders, h0, fresh
+            ),
+            cu_seqlens,
+        )
         h, final = reference.rg_lru(
             x, gate_a, gate_x, log_lambda, h0=h0, fresh=fresh, key_mask=key_mask,
             cu_seqlens=cu_seqlens, reverse=reverse,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_flags
+from ._checks import check_flags, check_rank
 
 
 def positions(
@@ -66,8 +66,7 @@ def rotate(
     """
     op = "rotate"
     check_flags(op, interleaved=interleaved, inverse=inverse)
-    if x.dim() != 4:
-        raise ValueError(f"[{op}] x has shape {tuple(x.shape)}, expected 4 dimensions")
+    check_rank(op, 4, x=x)
     dim = x.shape[3] if dim is None else dim
     if dim % 2 or not 0 <= dim <= x.shape[3]:
         raise ValueError(

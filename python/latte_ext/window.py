@@ -13,15 +13,20 @@ import torch
 from torch import Tensor
 
 from . import _core, _window_ops, reference
-from .functional import (
-    _FLOATING,
+from ._checks import (
     Backend,
-    _check_backend,
-    _check_scalars,
-    _check_tensors,
-    latent_attention,
-    latent_attention_step,
+    check_backend,
+    check_beside,
+    check_by_core,
+    check_device,
+    check_flags,
+    check_rank,
+    check_scale,
+    check_shape,
+    check_tensors,
+    check_type,
 )
+from .functional import latent_attention, latent_attention_step
 from .state import LatentState
 from .window_cache import MacchiatoState, WindowCache, WindowSinks
 
@@ -99,9 +104,9 @@ def sliding_window_attention(
         ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
     """
     op = "sliding_window_attention"
-    _check_tensors(op, q=q, k=k, v=v, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
     scale = _check_window(op, q, window, scale, causal, minimum=1)
-    _check_backend(op, q, backend)
+    check_backend(op, "q", q, backend)
     before = _before(op, q, k, v, window, causal, cu_seqlens, cache, return_cache)
     keys, values, mask = (
         (k, v, key_mask) if before is None else before.before(k, v, key_mask, cu_seqlens)
@@ -111,7 +116,7 @@ def sliding_window_attention(
     if sinks is not None:
         _check_sinks(op, q, k, v, cu_seqlens, sinks)
     if backend == "reference":
-        _core_check(q, keys, values, mask, cu_seqlens, window, past, causal, scale)
+        _check_by_core(q, keys, values, mask, cu_seqlens, window, past, causal, scale)
         y = reference.sliding_window_attention(
             q, keys, values, window=window, causal=causal, scale=scale, key_mask=mask,
             cu_seqlens=cu_seqlens, past=past, sinks=sinks, start=start,
@@ -155,7 +160,7 @@ def sliding_window_attention_step(
         y (N,H,D) in v's dtype.
     """
     op = "sliding_window_attention_step"
-    _check_tensors(op, q=q, k=k, v=v)
+    check_tensors(op, {"q": q, "k": k, "v": v})
     scale = _check_window(op, q, 1, scale, True, minimum=1)
     _check_cache(op, q, cache)
     return _window_ops.sliding_window_attention_step(  # type: ignore[no-any-return]
@@ -246,11 +251,11 @@ def macchiato_attention(
         ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
     """
     op = "macchiato_attention"
-    _check_tensors(op, q=q, k=k, v=v, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
     _check_latents(op, q, k, q_latent, k_latent)
     scale = _check_window(op, q, window, scale, causal, minimum=0)
-    _check_scalars(op, latent_scale)
-    _check_backend(op, q, backend)
+    check_scale(op, latent_scale)
+    check_backend(op, "q", q, backend)
     cache = latent = None
     if state is not None:
         cache, latent = _check_state(op, q, window, k_latent.shape[3], state)
@@ -276,7 +281,7 @@ def macchiato_attention(
     start = None if before is None else before.position
     triple = (None, None, None) if latent is None else latent.tensors()
     if backend == "reference":
-        _core_check(q, keys, values, mask, cu_seqlens, window, past, causal, scale)
+        _check_by_core(q, keys, values, mask, cu_seqlens, window, past, causal, scale)
         y, final = reference.macchiato_attention(
             q_latent, k_latent, q, k, v, window=window, causal=causal, scale=scale,
             latent_scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
@@ -345,12 +350,11 @@ def macchiato_attention_step(
         y (N,H,D) in v's dtype.
     """
     op = "macchiato_attention_step"
-    _check_tensors(op, q=q, k=k, v=v)
+    check_tensors(op, {"q": q, "k": k, "v": v})
     _check_latents(op, q, k, q_latent, k_latent)
     scale = _check_window(op, q, 1, scale, True, minimum=1)
-    _check_scalars(op, latent_scale)
-    if not isinstance(state, MacchiatoState):
-        raise TypeError(f"[{op}] state is a {type(state).__name__}, expected a MacchiatoState")
+    check_scale(op, latent_scale)
+    check_type(op, "state", state, MacchiatoState)
     window = 0 if state.window is None else state.window.window
     cache, latent = _check_state(op, q, window, k_latent.shape[2], state)
     k_latent, v_latent = _match_heads(k_latent, v, 1)
@@ -444,12 +448,18 @@ def _match_heads(k_latent: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor 
     return k_latent, v.to(dtype).repeat_interleave(heads // v.shape[dim], dim=dim)
 
 
-def _core_check(*args: Any) -> None:
-    """The core's own checks, which a tracer cannot enter."""
-    if not torch.compiler.is_compiling():
-        q, k, v, key_mask, cu_seqlens, *scalars = args
-        borders = None if cu_seqlens is None else cu_seqlens.cpu()
-        _core.sliding_window_check(q, k, v, key_mask, borders, *scalars)
+def _check_by_core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    *scalars: Any,
+) -> None:
+    check_by_core(
+        lambda borders: _core.sliding_window_check(q, k, v, key_mask, borders, *scalars),
+        cu_seqlens,
+    )
 
 
 def _check_window(
@@ -462,24 +472,20 @@ def _check_window(
         raise ValueError(f"[{op}] window is {window}, expected at least {minimum}")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
-    _check_scalars(op, scale, causal)
+    check_flags(op, causal=causal)
+    check_scale(op, scale)
     return scale
 
 
 def _check_cache(op: str, q: Tensor, cache: WindowCache) -> None:
-    if not isinstance(cache, WindowCache):
-        raise TypeError(f"[{op}] cache is a {type(cache).__name__}, expected a WindowCache")
-    if cache.device != q.device:
-        raise RuntimeError(f"[{op}] cache is on {cache.device}, expected {q.device} as q")
+    check_type(op, "cache", cache, WindowCache)
+    check_device(op, "cache", cache.device, q)
 
 
 def _check_latents(op: str, q: Tensor, k: Tensor, q_latent: Tensor, k_latent: Tensor) -> None:
     for name, tensor in (("q_latent", q_latent), ("k_latent", k_latent)):
-        _check_named(op, q, name, tensor)
-        if tensor.dim() != q.dim():
-            raise ValueError(
-                f"[{op}] {name} has shape {tuple(tensor.shape)}, expected {q.dim()} dimensions"
-            )
+        check_beside(op, q, name, tensor)
+        check_rank(op, q.dim(), **{name: tensor})
     # Without the heads: those have a rule of their own.
     tokens = tuple(q.shape[2:-1])
     expected: tuple[int | str, ...] = (q.shape[0], q.shape[1], *tokens, 1 + k_latent.shape[-1])
@@ -502,25 +508,10 @@ def _check_latents(op: str, q: Tensor, k: Tensor, q_latent: Tensor, k_latent: Te
             )
 
 
-def _check_named(op: str, q: Tensor, name: str, tensor: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"[{op}] {name} is a {type(tensor).__name__}, expected a torch.Tensor")
-    if tensor.device != q.device:
-        raise RuntimeError(f"[{op}] {name} is on {tensor.device}, expected {q.device} as q")
-    if tensor.dtype not in _FLOATING or (
-        (tensor.dtype == torch.float64) != (q.dtype == torch.float64)
-    ):
-        raise TypeError(
-            f"[{op}] {name} has dtype {tensor.dtype}, expected "
-            + ("float64 as q" if q.dtype == torch.float64 else "float32, bfloat16 or float16")
-        )
-
-
 def _check_state(
     op: str, q: Tensor, window: int, latents: int, state: MacchiatoState
 ) -> tuple[WindowCache | None, LatentState | None]:
-    if not isinstance(state, MacchiatoState):
-        raise TypeError(f"[{op}] state is a {type(state).__name__}, expected a MacchiatoState")
+    check_type(op, "state", state, MacchiatoState)
     for name, part, kind, needed in (
         ("latent", state.latent, LatentState, latents > 0),
         ("window", state.window, WindowCache, window > 0),
@@ -531,8 +522,8 @@ def _check_state(
                 f"{'a ' + kind.__name__ if needed else 'None'} with {latents} latents and "
                 f"window={window}"
             )
-    if state.latent is not None and state.latent.device != q.device:
-        raise RuntimeError(f"[{op}] state is on {state.latent.device}, expected {q.device} as q")
+    if state.latent is not None:
+        check_device(op, "state", state.latent.device, q)
     if state.window is not None:
         _check_cache(op, q, state.window)
     return state.window, state.latent
@@ -543,10 +534,7 @@ def _check_sinks(
 ) -> None:
     _sink_tensors(op, q, sinks)
     for name, tensor in zip(("k", "v"), sinks[1:3], strict=True):
-        if tensor.dim() != 4:
-            raise ValueError(
-                f"[{op}] sinks.{name} has shape {tuple(tensor.shape)}, expected 4 dimensions"
-            )
+        check_rank(op, 4, **{f"sinks.{name}": tensor})
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     n = sinks.k.shape[2]
     shapes: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
@@ -556,10 +544,8 @@ def _check_sinks(
         ("position", sinks.position, (sequences, n)),
     )
     for name, given, expected in shapes:
-        if given is not None and tuple(given.shape) != expected:
-            raise ValueError(
-                f"[{op}] sinks.{name} has shape {tuple(given.shape)}, expected {expected}"
-            )
+        if given is not None:
+            check_shape(op, f"sinks.{name}", given, *expected)
 
 
 def _sink_tensors(
@@ -570,7 +556,7 @@ def _sink_tensors(
     if not isinstance(sinks, WindowSinks):
         raise TypeError(f"[{op}] sinks is a {type(sinks).__name__}, expected WindowSinks")
     for name, tensor in zip(("q", "k", "v"), sinks, strict=False):
-        _check_named(op, q, f"sinks.{name}", tensor)  # type: ignore[arg-type]
+        check_beside(op, q, f"sinks.{name}", tensor)  # type: ignore[arg-type]
     position = sinks.position
     if position is not None and position.dtype != torch.int64:
         raise TypeError(f"[{op}] sinks.position has dtype {position.dtype}, expected torch.int64")
