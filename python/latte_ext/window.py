@@ -26,6 +26,7 @@ from ._checks import (
     check_tensors,
     check_type,
 )
+from ._register import compute_dtype, count_sequences, is_differentiated
 from .functional import latent_attention, latent_attention_step
 from .state import LatentState
 from .window_cache import MacchiatoState, WindowCache, WindowSinks
@@ -122,7 +123,7 @@ def sliding_window_attention(
             cu_seqlens=cu_seqlens, past=past, sinks=sinks, start=start,
         )  # fmt: skip
     elif sinks is None:
-        save = _is_differentiated(q, keys, values)
+        save = is_differentiated(q, keys, values)
         y = _window_ops.sliding_window_attention(
             q, keys, values, mask, cu_seqlens, window, past, causal, scale, save
         )[0]
@@ -290,12 +291,12 @@ def macchiato_attention(
         )  # fmt: skip
     else:
         # Logits unrounded, so that their gradient is rounded once.
-        q_latent = q_latent.to(_window_ops.compute_dtype(q, k, v))
+        q_latent = q_latent.to(compute_dtype(q, k, v))
         k_latent, v_latent = _match_heads(k_latent, v, 1)
         if v_latent is None and before is not None:
             v_latent = v
         if sinks is None:
-            save = _is_differentiated(q_latent, k_latent, q, keys, values, *triple)
+            save = is_differentiated(q_latent, k_latent, q, keys, values, *triple)
             y, _, _, _, *final = _window_ops.macchiato_attention(
                 q_latent, k_latent, v_latent, q, keys, values, key_mask, mask, cu_seqlens,
                 *triple, window, past, causal, scale, float(latent_scale), save,
@@ -367,7 +368,7 @@ def macchiato_attention_step(
     sink_tensors = _sink_tensors(op, q, sinks)
     triple = (None, None, None) if latent is None else latent.tensors()
     y = _window_ops.macchiato_attention_step(
-        q_latent.to(_window_ops.compute_dtype(q, k, v)), k_latent, v_latent, q, k, v, *triple,
+        q_latent.to(compute_dtype(q, k, v)), k_latent, v_latent, q, k, v, *triple,
         *cache.tensors(), *sink_tensors, scale, float(latent_scale),
     )  # fmt: skip
     return y
@@ -390,8 +391,8 @@ def _with_sinks(
 
     The window enters as one more key, whose logit is the log of its sum of exponentials.
     """
-    dtype = _window_ops.compute_dtype(q, k, v)
-    save = _is_differentiated(q, k, v, sinks.q, sinks.k, sinks.v)
+    dtype = compute_dtype(q, k, v)
+    save = is_differentiated(q, k, v, sinks.q, sinks.k, sinks.v)
     local: Tensor
     local, log_sum, _ = _window_ops.sliding_window_attention(
         q, k, v.to(dtype), key_mask, cu_seqlens, window, past, causal, scale, save
@@ -426,17 +427,13 @@ def _with_sinks(
     return p[..., :1] * local + y
 
 
-def _is_differentiated(*tensors: Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-
-
 def _match_heads(k_latent: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor | None]:
     """k_latent and v with as many heads; None for a v that has them already.
 
     What is repeated is in the compute type, so that its gradient is summed before it is rounded.
     """
     heads = math.lcm(k_latent.shape[dim], v.shape[dim])
-    dtype = _window_ops.compute_dtype(v)
+    dtype = compute_dtype(v)
     if k_latent.shape[dim] != heads:
         k_latent = k_latent.to(dtype)
         if k_latent.shape[dim] == 1:
@@ -535,7 +532,7 @@ def _check_sinks(
     _sink_tensors(op, q, sinks)
     for name, tensor in zip(("k", "v"), sinks[1:3], strict=True):
         check_rank(op, 4, **{f"sinks.{name}": tensor})
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(q, cu_seqlens)
     n = sinks.k.shape[2]
     shapes: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
         ("q", sinks.q, tuple(q.shape)),
@@ -579,7 +576,7 @@ def _before(
         return None
     if not causal:
         raise ValueError(f"[{op}] got a cache with causal=False, expected causal=True")
-    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sequences = count_sequences(q, cu_seqlens)
     if cache is None:
         return WindowCache(
             k.new_zeros(sequences, k.shape[1], window, k.shape[3]),
