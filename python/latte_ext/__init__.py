@@ -13,12 +13,12 @@ from .convolution import short_conv as short_conv
 from .convolution import short_conv_step as short_conv_step
 from .functional import latent_attention as latent_attention
 from .functional import latent_attention_step as latent_attention_step
+from .macchiato import macchiato_attention as macchiato_attention
+from .macchiato import macchiato_attention_step as macchiato_attention_step
 from .recurrence import linear_recurrence as linear_recurrence
 from .recurrence import rg_lru as rg_lru
 from .recurrence import rg_lru_step as rg_lru_step
 from .state import LatentState as LatentState
-from .window import macchiato_attention as macchiato_attention
-from .window import macchiato_attention_step as macchiato_attention_step
 from .window import sliding_window_attention as sliding_window_attention
 from .window import sliding_window_attention_step as sliding_window_attention_step
 from .window_cache import MacchiatoState as MacchiatoState

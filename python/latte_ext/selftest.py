@@ -12,9 +12,10 @@ from torch import Tensor
 from . import _core, reference
 from .convolution import short_conv
 from .functional import latent_attention, latent_attention_step
+from .macchiato import macchiato_attention
 from .recurrence import linear_recurrence, rg_lru
 from .state import LatentState
-from .window import macchiato_attention, sliding_window_attention
+from .window import sliding_window_attention
 
 # Rounding of the output to the dtype, plus float32 arithmetic over a few hundred tokens.
 _TOLERANCE = {

@@ -20,11 +20,8 @@ from torch.nn import functional as F
 
 from .. import _core
 from ..functional import latent_attention
-from ..window import (
-    macchiato_attention,
-    sliding_window_attention,
-    sliding_window_attention_step,
-)
+from ..macchiato import macchiato_attention
+from ..window import sliding_window_attention, sliding_window_attention_step
 from ..window_cache import WindowCache
 from .cases import _HEADS, _WIDTH, Bench, _optional_calls
 from .measure import Call, ratios, shares, spread, times

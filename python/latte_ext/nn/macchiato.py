@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..functional import latent_attention, latent_attention_step
+from ..macchiato import macchiato_attention, macchiato_attention_step
 from ..rotary import positions, rotate
 from ..state import LatentState
-from ..window import macchiato_attention, macchiato_attention_step
 from ..window_cache import MacchiatoState, WindowCache
 from .attention import check_input, check_rates, check_sizes, drop_latents, lecun_normal_
 

@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What windows and Macchiato check, and put in front of their tokens, in the same way."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _core
+from ._checks import check_by_core, check_device, check_flags, check_scale, check_type
+from ._register import count_sequences
+from .window_cache import WindowCache
+
+
+def check_window(
+    op: str, q: Tensor, window: int, scale: float | None, causal: bool, *, minimum: int
+) -> float:
+    """The scale, after the checks of scalars."""
+    if isinstance(window, bool) or not isinstance(window, int):
+        raise TypeError(f"[{op}] window is a {type(window).__name__}, expected an int")
+    if window < minimum:
+        raise ValueError(f"[{op}] window is {window}, expected at least {minimum}")
+    if scale is None:
+        scale = 1 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
+    check_flags(op, causal=causal)
+    check_scale(op, scale)
+    return scale
+
+
+def check_cache(op: str, q: Tensor, cache: WindowCache) -> None:
+    check_type(op, "cache", cache, WindowCache)
+    check_device(op, "cache", cache.device, q)
+
+
+def check_window_by_core(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    window: int,
+    past: int,
+    causal: bool,
+    scale: float,
+) -> None:
+    """`check_by_core` for the keys that a window sees."""
+    check_by_core(
+        lambda borders: _core.sliding_window_check(
+            q, k, v, key_mask, borders, window, past, causal, scale
+        ),
+        cu_seqlens,
+    )
+
+
+class Seen(NamedTuple):
+    """Keys, values and mask of a window: `past` of a cache, then those of a sequence's tokens."""
+
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    past: int = 0
+    start: Tensor | None = None
+    cache: WindowCache | None = None
+
+    def after(self, cu_seqlens: Tensor | None) -> WindowCache:
+        """The cache after the last token."""
+        assert self.cache is not None
+        assert self.mask is not None
+        return self.cache.after(self.key, self.value, self.mask, cu_seqlens)
+
+
+def seen_by_window(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int,
+    causal: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    cache: WindowCache | None,
+    return_cache: bool,
+) -> Seen:
+    """The tokens behind those of a cache; raises ValueError for one that does not fit."""
+    if cache is None and not return_cache:
+        return Seen(k, v, key_mask)
+    if not causal:
+        raise ValueError(f"[{op}] got a cache with causal=False, expected causal=True")
+    sequences = count_sequences(q, cu_seqlens)
+    if cache is None:
+        # Only the cache that is returned matters.
+        cache = WindowCache(
+            k.new_zeros(sequences, k.shape[1], window, k.shape[3]),
+            v.new_zeros(sequences, k.shape[1], window, v.shape[3]),
+            k.new_zeros(sequences, window, dtype=torch.bool),
+            k.new_zeros(sequences, dtype=torch.int64),
+        )
+    else:
+        check_cache(op, q, cache)
+        for name, x, other in (("key", cache.key, k), ("value", cache.value, v)):
+            expected = (sequences, k.shape[1], window, other.shape[3])
+            if tuple(x.shape) != expected:
+                raise ValueError(
+                    f"[{op}] cache.{name} has shape {tuple(x.shape)}, expected {expected}: "
+                    "(N, Hk, window, channels)"
+                )
+    keys = cache.before(k, v, key_mask, cu_seqlens)
+    return Seen(*keys, past=cache.window, start=cache.position, cache=cache)
