@@ -91,7 +91,7 @@ def attend_with_sinks(
         distance = at[:, :, None] - (position[:, None] if cu_seqlens is None else position)
         outside = distance >= window if causal else distance.abs() >= window
         logits = torch.where(outside[:, None], logits, -torch.inf)
-    p = reference._softmax(torch.cat([log_sum[..., None], logits], dim=-1), dim=-1)
+    p = reference.softmax(torch.cat([log_sum[..., None], logits], dim=-1), dim=-1)
     if cu_seqlens is None:
         y: Tensor = p[..., 1:] @ v_sink
     else:

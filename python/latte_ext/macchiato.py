@@ -162,7 +162,7 @@ def macchiato_attention(
             )  # fmt: skip
         else:
             local = attend_with_sinks(*arguments, sinks, seen.start)
-            p = reference._softmax(q_latent * latent_scale, dim=-1)
+            p = reference.softmax(q_latent * latent_scale, dim=-1)
             y = p[..., :1] * local
             if k_latent.shape[3]:
                 latents, state_after = latent_attention(

@@ -198,7 +198,7 @@ def latent_attention_quadratic(
         max_ = torch.cat([max0.unsqueeze(3), logits], dim=3).amax(dim=3).detach()
         logits = torch.cat([lse0.unsqueeze(3), logits], dim=3)
         norm = torch.exp(logits - _finite(max_).unsqueeze(3)).sum(dim=3)
-        p_position = _softmax(logits, dim=3)
+        p_position = softmax(logits, dim=3)
         mean = torch.einsum("bhrsl,bhsd->bhrld", p_position[:, :, :, 1:], values)
         mean = mean + p_position[:, :, :, 0, :, None] * mean0
 
@@ -399,7 +399,7 @@ def _window(
             sink_logits = torch.where(outside[:, None], sink_logits, -torch.inf)
         logits = torch.cat([sink_logits, logits], dim=3)
         values = torch.cat([v_sink.repeat_interleave(group, dim=1), values], dim=2)
-    return _softmax(logits, dim=-1) @ values
+    return softmax(logits, dim=-1) @ values
 
 
 def _prepare(
@@ -412,7 +412,7 @@ def _prepare(
         real = key_mask[:, None, :, None]
         k = torch.where(real, k, -torch.inf)
         v = torch.where(real, v, 0)
-    return _softmax(q, dim=-1), k, v
+    return softmax(q, dim=-1), k, v
 
 
 def _initial_state(k: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> StateTensors:
@@ -470,7 +470,7 @@ def _read(p: Tensor, mean: Tensor) -> Tensor:
     return y.reshape(batch, heads, tokens, mean.shape[3])
 
 
-def _softmax(logits: Tensor, dim: int) -> Tensor:
+def softmax(logits: Tensor, dim: int) -> Tensor:
     """Softmax in which a row of nothing but -inf gives zeros, in values and in gradients."""
     empty = (logits == -torch.inf).all(dim=dim, keepdim=True)
     return torch.where(empty, 0, torch.softmax(torch.where(empty, 0, logits), dim=dim))

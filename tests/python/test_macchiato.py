@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """macchiato_attention against the float64 reference, its limits, states and steps."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -150,6 +150,24 @@ def test_nothing_to_do(shape: tuple[int, int]) -> None:
     leaves = [x.requires_grad_() for x in inputs]
     macchiato_attention(*leaves, window=3).sum().backward()
     assert all(x.grad is not None and x.grad.shape == x.shape for x in leaves)
+
+
+@pytest.mark.slow
+def test_compile_with_inductor() -> None:
+    inputs = (normal(1, 4, 40, 6), normal(1, 2, 40, 5), *attention_inputs(batch=1, tokens=40))
+
+    def both(*args: Tensor) -> Tensor:
+        gated = macchiato_attention(*args, window=9)
+        return gated.sin() + sliding_window_attention(*args[2:], window=9)
+
+    def gradients(function: Callable[..., Tensor]) -> list[Tensor]:
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = function(*leaves)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), leaves)]
+
+    compiled = gradients(torch.compile(both, fullgraph=True))
+    for got, want in zip(compiled, gradients(both), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-12, rtol=1e-12)
 
 
 @CAUSAL

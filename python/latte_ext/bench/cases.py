@@ -33,7 +33,7 @@ from .measure import Call, Sample, Spread, elapsed, interleave, ratios, shares, 
 
 FORWARD, BACKWARD = "forward", "backward"
 # Of decode steps and comparisons with peers: heads, and latents and channels of each.
-_HEADS, _WIDTH = 8, 64
+HEADS, WIDTH = 8, 64
 _OPERATIONS = {FORWARD: 4, BACKWARD: 12}
 
 
@@ -368,10 +368,10 @@ def lengths(bench: Bench) -> None:
 @torch.inference_mode()
 def decode(bench: Bench) -> None:
     """One token: here, in plain torch, and softmax attention over a cache."""
-    q, k, v = torch.randn(3, 1, _HEADS, _WIDTH)
-    _, state = latent_attention(*torch.randn(3, 1, _HEADS, 64, _WIDTH), return_state=True)
+    q, k, v = torch.randn(3, 1, HEADS, WIDTH)
+    _, state = latent_attention(*torch.randn(3, 1, HEADS, 64, WIDTH), return_state=True)
     plain = state.clone().tensors()
-    keys, values = torch.randn(2, 1, _HEADS, bench.sizes.cache, _WIDTH)
+    keys, values = torch.randn(2, 1, HEADS, bench.sizes.cache, WIDTH)
     threads = bench.threads
     calls = {
         "latte": Call(lambda: latent_attention_step(q, k, v, state), threads, True),
@@ -420,9 +420,9 @@ def memory_calls(size: int, threads: int) -> dict[str, Call]:
 def states(bench: Bench) -> None:
     """Decode steps of so many sequences that the states come from memory: read and written."""
     size = buffer_bytes(bench.sizes)
-    sequences = max(1, size // 2 // (_HEADS * _WIDTH * (_WIDTH + 2) * 4))
-    state = LatentState.empty(sequences, _HEADS, _WIDTH, _WIDTH)
-    q, k, v = torch.randn(3, sequences, _HEADS, _WIDTH)
+    sequences = max(1, size // 2 // (HEADS * WIDTH * (WIDTH + 2) * 4))
+    state = LatentState.empty(sequences, HEADS, WIDTH, WIDTH)
+    q, k, v = torch.randn(3, sequences, HEADS, WIDTH)
     for suffix, threads in bench.thread_counts().items():
         calls = {
             "step": Call(lambda: latent_attention_step(q, k, v, state), threads, True),
@@ -456,7 +456,7 @@ def _optional(bench: Bench, name: str, make: Callable[[], Call]) -> Call | None:
     return call
 
 
-def _optional_calls(
+def optional_calls(
     bench: Bench, makers: Mapping[str, Callable[[], Call]], calls: dict[str, Call]
 ) -> None:
     for name, make in makers.items():
@@ -470,7 +470,7 @@ def against(bench: Bench) -> None:
     """Forward passes of everything that computes the same, or replaces it, at rising length."""
     threads, sizes = bench.threads, bench.sizes
     for tokens in sizes.peer_lengths:
-        q, k, v = torch.randn(3, 1, _HEADS, tokens, _WIDTH)
+        q, k, v = torch.randn(3, 1, HEADS, tokens, WIDTH)
         causal_and_full: dict[str, Callable[..., Tensor]] = {
             "latte": latent_attention,
             "sdpa": peers.softmax_causal,
@@ -497,7 +497,7 @@ def against(bench: Bench) -> None:
             for name, make in attentions.items()
         }
         makers["jax scan"] = functools.partial(_jax_call, (q, k, v), threads)
-        _optional_calls(bench, makers, calls)
+        optional_calls(bench, makers, calls)
         _peer_rows(bench, "peers", tokens, calls, curves=True)
 
 
@@ -544,8 +544,8 @@ def _peer_rows(
 def training(bench: Bench) -> None:
     """Forward and backward of the peers over ours."""
     tokens, threads = bench.sizes.tokens, bench.threads
-    inputs = [x.requires_grad_() for x in torch.randn(3, 1, _HEADS, tokens, _WIDTH).unbind()]
-    dy = torch.randn(1, _HEADS, tokens, _WIDTH)
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, HEADS, tokens, WIDTH).unbind()]
+    dy = torch.randn(1, HEADS, tokens, WIDTH)
 
     def both(attention: Callable[..., Tensor]) -> Call:
         return Call(lambda: torch.autograd.grad(attention(*inputs), inputs, dy), threads, wall=True)
@@ -561,7 +561,7 @@ def training(bench: Bench) -> None:
             "torch loop compiled": lambda: both(peers.compiled_looped()),
             "torch batched compiled": lambda: both(peers.compiled_batched()),
         }
-        _optional_calls(bench, makers, calls)
+        optional_calls(bench, makers, calls)
     _peer_rows(bench, "training peers", tokens, calls, curves=False)
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from .. import _core
 from ..convolution import short_conv
 from ..recurrence import linear_recurrence, rg_lru
-from .cases import BACKWARD, FORWARD, Bench, _optional_calls, buffer_bytes, memory_calls
+from .cases import BACKWARD, FORWARD, Bench, buffer_bytes, memory_calls, optional_calls
 from .measure import Call, ratios, spread, times
 
 _CHANNELS, _WIDTH = 512, 4
@@ -214,7 +214,7 @@ def recurrence_peers(bench: Bench) -> None:
                 return build
 
             calls: dict[str, Call] = {}
-            _optional_calls(bench, {n: make(maker) for n, maker in peers[op].items()}, calls)
+            optional_calls(bench, {n: make(maker) for n, maker in peers[op].items()}, calls)
             samples = bench.sample(calls)
             for name, call in calls.items():
                 if name != "ours":

@@ -138,12 +138,42 @@ def compiled_batched() -> Attention:
     return compiled
 
 
-def flex_causal(tokens: int) -> Attention:
-    """FlexAttention with a causal mask for `tokens` tokens, forward only on CPUs."""
-    flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
-    mask = flex.create_block_mask(
-        lambda b, h, row, column: row >= column, None, None, tokens, tokens, device="cpu"
+def band_mask(tokens: int, window: int) -> Tensor:
+    """(T,T) bool, true in the causal band."""
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    return (distance >= 0) & (distance < window)
+
+
+def blockwise(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+    """Blocks of `window` queries, each against its own block of keys and the one before."""
+    batch, heads, tokens, dim = q.shape
+    blocks = -(-tokens // window)
+    padding = (0, 0, 0, blocks * window - tokens)
+    q, k, v = (
+        F.pad(x, padding).reshape(batch, heads, blocks, window, x.shape[3]) for x in (q, k, v)
     )
+    k, v = (
+        torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], dim=3).flatten(1, 2) for x in (k, v)
+    )
+    distance = torch.arange(window)[:, None] + window - torch.arange(2 * window)
+    mask = ((distance >= 0) & (distance < window)).expand(blocks, -1, -1).clone()
+    mask[0, :, :window] = False
+    y = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=mask.repeat(heads, 1, 1))
+    return y.reshape(batch, heads, blocks * window, dim)[:, :, :tokens]
+
+
+def flex_causal(tokens: int, window: int | None = None) -> Attention:
+    """FlexAttention, compiled, for `tokens` tokens: causal, all or the last `window` of them.
+
+    On CPUs it has a forward pass only.
+    """
+    flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
+    reach = tokens if window is None else window
+
+    def visible(b: Any, h: Any, row: Any, column: Any) -> Any:
+        return (row >= column) & (row - column < reach)
+
+    mask = flex.create_block_mask(visible, None, None, tokens, tokens, device="cpu")
     compiled: Any = torch.compile(flex.flex_attention, dynamic=False)
     return functools.partial(compiled, block_mask=mask)
 

@@ -10,9 +10,7 @@ Notation: B batch, T tokens, H heads, D channels per head, w window.
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +19,11 @@ from torch.nn import functional as F
 from .. import _core
 from ..functional import latent_attention
 from ..macchiato import macchiato_attention
+from ..rotary import positions, rotate
 from ..window import sliding_window_attention, sliding_window_attention_step
 from ..window_cache import WindowCache
-from .cases import _HEADS, _WIDTH, Bench, _optional_calls
+from . import peers
+from .cases import HEADS, WIDTH, Bench, optional_calls
 from .measure import Call, ratios, shares, spread, times
 
 WINDOW = 128
@@ -33,28 +33,28 @@ class Problem:
     """Inputs and outputs (1,H,T,D) of the window kernels, allocated beforehand."""
 
     def __init__(self, tokens: int, window: int) -> None:
-        shape = (1, _HEADS, tokens, _WIDTH)
+        shape = (1, HEADS, tokens, WIDTH)
         self.q, self.k, self.v, self.dy = torch.randn(4, *shape).unbind()
         self.y, self.dq, self.dk, self.dv = torch.zeros(4, *shape).unbind()
         self.log_sum = torch.zeros(shape[:3])
         self.window = window
         seen = min(window, tokens)
-        self.pairs = _HEADS * (tokens * seen - seen * (seen - 1) // 2)
+        self.pairs = HEADS * (tokens * seen - seen * (seen - 1) // 2)
 
     def forward(self, threads: int) -> None:
         _core.sliding_window_forward(
             self.q, self.k, self.v, None, None, self.y, self.log_sum, None, self.window, 0, True,
-            _WIDTH**-0.5, threads,
+            WIDTH**-0.5, threads,
         )  # fmt: skip
 
     def backward(self, threads: int) -> None:
         _core.sliding_window_backward(
             self.q, self.k, self.v, None, None, self.log_sum, self.y, self.dy, None, self.dq,
-            self.dk, self.dv, self.window, 0, True, _WIDTH**-0.5, threads,
+            self.dk, self.dv, self.window, 0, True, WIDTH**-0.5, threads,
         )  # fmt: skip
 
     def operations(self, name: str) -> float:
-        return (4.0 if name == "forward" else 10.0) * _WIDTH * self.pairs
+        return (4.0 if name == "forward" else 10.0) * WIDTH * self.pairs
 
 
 def kernels(bench: Bench) -> None:
@@ -76,50 +76,14 @@ def kernels(bench: Bench) -> None:
                 )  # fmt: skip
 
 
-def band_mask(tokens: int, window: int) -> Tensor:
-    """(T,T) bool, true in the causal band."""
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    return (distance >= 0) & (distance < window)
-
-
-def blockwise(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
-    """Blocks of `window` queries, each against its own block of keys and the one before."""
-    batch, heads, tokens, dim = q.shape
-    blocks = -(-tokens // window)
-    padding = (0, 0, 0, blocks * window - tokens)
-    q, k, v = (
-        F.pad(x, padding).reshape(batch, heads, blocks, window, x.shape[3]) for x in (q, k, v)
-    )
-    k, v = (
-        torch.cat([F.pad(x, (0, 0, 0, 0, 1, 0))[:, :, :-1], x], dim=3).flatten(1, 2) for x in (k, v)
-    )
-    distance = torch.arange(window)[:, None] + window - torch.arange(2 * window)
-    mask = ((distance >= 0) & (distance < window)).expand(blocks, -1, -1).clone()
-    mask[0, :, :window] = False
-    y = F.scaled_dot_product_attention(q.flatten(1, 2), k, v, attn_mask=mask.repeat(heads, 1, 1))
-    return y.reshape(batch, heads, blocks * window, dim)[:, :, :tokens]
-
-
-def flex_window(tokens: int, window: int) -> Callable[..., Tensor]:
-    """FlexAttention with a causal band, compiled: forward only on CPUs."""
-    flex: Any = importlib.import_module("torch.nn.attention.flex_attention")
-
-    def visible(b: Any, h: Any, row: Any, column: Any) -> Any:
-        return (row >= column) & (row - column < window)
-
-    mask = flex.create_block_mask(visible, None, None, tokens, tokens, device="cpu")
-    compiled: Any = torch.compile(flex.flex_attention, dynamic=False)
-    return functools.partial(compiled, block_mask=mask)
-
-
 def against(bench: Bench) -> None:
     """What softmax attention takes for the same band, over ours."""
     tokens, threads = bench.sizes.tokens, bench.threads
     window = min(WINDOW, tokens // 2)
-    inputs = [x.requires_grad_() for x in torch.randn(3, 1, _HEADS, tokens, _WIDTH).unbind()]
-    dy = torch.randn(1, _HEADS, tokens, _WIDTH)
+    inputs = [x.requires_grad_() for x in torch.randn(3, 1, HEADS, tokens, WIDTH).unbind()]
+    dy = torch.randn(1, HEADS, tokens, WIDTH)
     ours = functools.partial(sliding_window_attention, window=window)
-    blocks = functools.partial(blockwise, window=window)
+    blocks = functools.partial(peers.blockwise, window=window)
 
     plain = [x.detach() for x in inputs]
 
@@ -132,10 +96,12 @@ def against(bench: Bench) -> None:
     forwards = {"latte": forward(ours), "blockwise": forward(blocks)}
     if bench.sizes.slow:
         banded = functools.partial(
-            F.scaled_dot_product_attention, attn_mask=band_mask(tokens, window)
+            F.scaled_dot_product_attention, attn_mask=peers.band_mask(tokens, window)
         )
         forwards["sdpa"] = forward(banded)
-        _optional_calls(bench, {"flex": lambda: forward(flex_window(tokens, window))}, forwards)
+        optional_calls(
+            bench, {"flex": lambda: forward(peers.flex_causal(tokens, window))}, forwards
+        )
     for group, calls in (
         ("window peers", forwards),
         ("window training peers", {"latte": both(ours), "blockwise": both(blocks)}),
@@ -152,12 +118,12 @@ def against(bench: Bench) -> None:
 
 def macchiato(bench: Bench) -> None:
     """The gated pair over the sum of its branches, on one thread through the public functions."""
-    tokens, latents = bench.sizes.tokens, _WIDTH
-    inputs = [torch.randn(1, _HEADS, tokens, c) for c in (1 + latents, latents)]
-    inputs += torch.randn(3, 1, _HEADS, tokens, _WIDTH).unbind()
+    tokens, latents = bench.sizes.tokens, WIDTH
+    inputs = [torch.randn(1, HEADS, tokens, c) for c in (1 + latents, latents)]
+    inputs += torch.randn(3, 1, HEADS, tokens, WIDTH).unbind()
     q_latent, k_latent, q, k, v = (x.requires_grad_() for x in inputs)
     latent_inputs = (q_latent.detach()[..., 1:].contiguous().requires_grad_(), k_latent, v)
-    dy = torch.randn(1, _HEADS, tokens, _WIDTH)
+    dy = torch.randn(1, HEADS, tokens, WIDTH)
     branches: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
         "gated": (
             functools.partial(macchiato_attention, window=WINDOW),
@@ -193,12 +159,34 @@ def macchiato(bench: Bench) -> None:
 
 
 @torch.inference_mode()
+def rotations(bench: Bench) -> None:
+    """Rotations in plain torch over the attention that they serve, through the public functions."""
+    tokens = bench.sizes.tokens
+    q, k, v = torch.randn(3, 1, HEADS, tokens, WIDTH).unbind()
+    position = positions(tokens)
+    calls = {
+        "window": Call(lambda: sliding_window_attention(q, k, v, window=WINDOW), bench.threads),
+        "rotary": Call(lambda: (rotate(q, position), rotate(k, position)), bench.threads),
+        "latents": Call(lambda: latent_attention(q, k, v), bench.threads),
+        "VAPOR": Call(
+            lambda: (rotate(v, position), rotate(v, position, inverse=True)), bench.threads
+        ),
+    }
+    samples = bench.sample(calls)
+    for name, attention in (("rotary", "window"), ("VAPOR", "latents")):
+        bench.add(
+            f"rotations/{name}", f"{name} rotations over {attention}, T = {tokens:,}", "times",
+            ratios(samples[name], samples[attention]), calls[name],
+        )  # fmt: skip
+
+
+@torch.inference_mode()
 def decode(bench: Bench) -> None:
     """One token against a full ring."""
-    cache = WindowCache.empty(1, _HEADS, WINDOW, _WIDTH, _WIDTH)
+    cache = WindowCache.empty(1, HEADS, WINDOW, WIDTH, WIDTH)
     cache.valid.fill_(True)
     cache.position.fill_(WINDOW)
-    q, k, v = torch.randn(3, 1, _HEADS, _WIDTH)
+    q, k, v = torch.randn(3, 1, HEADS, WIDTH)
     call = Call(lambda: sliding_window_attention_step(q, k, v, cache), bench.threads, True)
     seconds = [1e6 * sample.seconds for sample in bench.sample({"": call})[""]]
     bench.add(
@@ -208,7 +196,7 @@ def decode(bench: Bench) -> None:
 
 def window(bench: Bench) -> None:
     """All of the above."""
-    for part in (kernels, against, macchiato, decode):
+    for part in (kernels, against, macchiato, rotations, decode):
         part(bench)
 
 
