@@ -19,6 +19,7 @@ from ._checks import (
     check_device,
     check_rank,
     check_scale,
+    check_shape,
     check_tensors,
     check_type,
 )
@@ -47,6 +48,7 @@ def macchiato_attention(
     state: MacchiatoState | None = ...,
     return_state: Literal[False] = ...,
     sinks: WindowSinks | None = ...,
+    v_latent: Tensor | None = ...,
     backend: Backend | None = ...,
 ) -> Tensor: ...
 @overload
@@ -66,6 +68,7 @@ def macchiato_attention(
     state: MacchiatoState | None = ...,
     return_state: Literal[True],
     sinks: WindowSinks | None = ...,
+    v_latent: Tensor | None = ...,
     backend: Backend | None = ...,
 ) -> tuple[Tensor, MacchiatoState]: ...
 def macchiato_attention(
@@ -84,6 +87,7 @@ def macchiato_attention(
     state: MacchiatoState | None = None,
     return_state: bool = False,
     sinks: WindowSinks | None = None,
+    v_latent: Tensor | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, MacchiatoState]:
     """A local window and global latents in one probability (Latte Macchiato, arXiv 2402.17512).
@@ -104,6 +108,7 @@ def macchiato_attention(
         state: the tokens before these, N sequences (causal only); left as it is. Its latents have
             the least common multiple of Hl and Hk heads.
         return_state: also return the state after the last token.
+        v_latent: (B,Hk,T,D) values that the latents average in the place of v; None is v.
 
     Returns:
         y (B,H,T,D) in v's dtype, and the `MacchiatoState` if asked for. Gradients reach all
@@ -114,7 +119,7 @@ def macchiato_attention(
     """
     op = "macchiato_attention"
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
-    _check_latents(op, q, k, q_latent, k_latent)
+    _check_latents(op, q, k, v, q_latent, k_latent, v_latent)
     scale = check_window(op, q, window, scale, causal, minimum=0)
     check_scale(op, latent_scale)
     check_backend(op, "q", q, backend)
@@ -126,7 +131,7 @@ def macchiato_attention(
     if window == 0:
         if sinks is not None:
             raise ValueError(f"[{op}] got sinks with window=0, expected a window")
-        k_latent, v_latent = _match_heads(k_latent, v)
+        k_latent, v_latent = _match_heads(k_latent, v, v_latent)
         result = latent_attention(
             q_latent[..., 1:], k_latent, v if v_latent is None else v_latent, causal=causal,
             scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=latent,
@@ -147,15 +152,16 @@ def macchiato_attention(
             latent_scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
             state=None if latent is None else latent.tensors(), past=seen.past, past_k=seen.key,
             past_v=seen.value, past_mask=seen.mask, sinks=sinks, start=seen.start,
+            v_latent=v_latent,
         )  # fmt: skip
     else:
         # Logits unrounded, so that their gradient is rounded once.
         q_latent = q_latent.to(compute_dtype(q, k, v))
-        k_latent, v_latent = _match_heads(k_latent, v)
+        k_latent, v_latent = _match_heads(k_latent, v, v_latent)
         if v_latent is None and seen.cache is not None:
             v_latent = v
         if sinks is None:
-            save = is_differentiated(q_latent, k_latent, q, seen.key, seen.value, *triple)
+            save = is_differentiated(q_latent, k_latent, v_latent, q, seen.key, seen.value, *triple)
             y, _, _, _, *final = _macchiato_ops.macchiato_attention(
                 q_latent, k_latent, v_latent, q, seen.key, seen.value, key_mask, seen.mask,
                 cu_seqlens, *triple, window, seen.past, causal, scale, float(latent_scale), save,
@@ -191,6 +197,7 @@ def macchiato_attention_step(
     scale: float | None = None,
     latent_scale: float = 1.0,
     sinks: WindowSinks | None = None,
+    v_latent: Tensor | None = None,
 ) -> Tensor:
     """One token per sequence: constant time and memory, `state` is updated in place.
 
@@ -201,19 +208,20 @@ def macchiato_attention_step(
         state: N sequences; its window is the window.
         scale, latent_scale: as in `macchiato_attention`.
         sinks: as in `macchiato_attention`, with q (N,H,Dk).
+        v_latent: (N,Hk,D), as in `macchiato_attention`.
 
     Returns:
         y (N,H,D) in v's dtype.
     """
     op = "macchiato_attention_step"
     check_tensors(op, {"q": q, "k": k, "v": v})
-    _check_latents(op, q, k, q_latent, k_latent)
+    _check_latents(op, q, k, v, q_latent, k_latent, v_latent)
     scale = check_window(op, q, 1, scale, True, minimum=1)
     check_scale(op, latent_scale)
     check_type(op, "state", state, MacchiatoState)
     window = 0 if state.window is None else state.window.window
     cache, latent = _check_state(op, q, window, k_latent.shape[2], state)
-    k_latent, v_latent = _match_heads(k_latent, v)
+    k_latent, v_latent = _match_heads(k_latent, v, v_latent)
     y: Tensor
     if cache is None:
         assert latent is not None
@@ -229,8 +237,10 @@ def macchiato_attention_step(
     return y
 
 
-def _match_heads(k_latent: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
-    """k_latent and v with as many heads; None for a v that has them already.
+def _match_heads(
+    k_latent: Tensor, v: Tensor, v_latent: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """k_latent and its values with as many heads; None for a v that has them already.
 
     What is repeated is in the compute type, so that its gradient is summed before it is rounded.
     """
@@ -243,14 +253,26 @@ def _match_heads(k_latent: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         else:
             k_latent = k_latent.repeat_interleave(heads // k_latent.shape[1], dim=1)
     if v.shape[1] == heads:
-        return k_latent, None
-    return k_latent, v.to(dtype).repeat_interleave(heads // v.shape[1], dim=1)
+        return k_latent, v_latent
+    values = v if v_latent is None else v_latent
+    return k_latent, values.to(dtype).repeat_interleave(heads // v.shape[1], dim=1)
 
 
-def _check_latents(op: str, q: Tensor, k: Tensor, q_latent: Tensor, k_latent: Tensor) -> None:
+def _check_latents(
+    op: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_latent: Tensor,
+    k_latent: Tensor,
+    v_latent: Tensor | None,
+) -> None:
     for name, tensor in (("q_latent", q_latent), ("k_latent", k_latent)):
         check_beside(op, q, name, tensor)
         check_rank(op, q.dim(), **{name: tensor})
+    if v_latent is not None:
+        check_beside(op, q, "v_latent", v_latent)
+        check_shape(op, "v_latent", v_latent, *v.shape)
     # Without the heads: those have a rule of their own.
     tokens = tuple(q.shape[2:-1])
     expected: tuple[int | str, ...] = (q.shape[0], q.shape[1], *tokens, 1 + k_latent.shape[-1])

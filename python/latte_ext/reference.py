@@ -308,6 +308,7 @@ def macchiato_attention(
     past_mask: Tensor | None = None,
     sinks: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
     start: Tensor | None = None,
+    v_latent: Tensor | None = None,
 ) -> tuple[Tensor, StateTensors]:
     """Window and latents in one probability: p(l|t) = softmax over l = 0..L of q_latent[t]::
 
@@ -327,6 +328,7 @@ def macchiato_attention(
         past, past_k, past_v, past_mask: what the window sees instead of k, v and key_mask if there
             are keys before the first query.
         sinks, start: of the window.
+        v_latent: (B,Hk,T,D) values of the latents, v if None.
 
     Returns:
         y (B,H,T,D) in the dtype of v, and the latents' state after the last token.
@@ -334,11 +336,12 @@ def macchiato_attention(
     if state is not None and not causal:
         raise ValueError("[macchiato_attention] got state with causal=False, expected causal=True")
     with _autocast_disabled(q.device):
+        v_latent = v if v_latent is None else v_latent
         heads = math.lcm(k_latent.shape[1], v.shape[1])
         p, keys, values = _prepare(
             q_latent if window else q_latent[..., 1:],
             k_latent.repeat_interleave(heads // k_latent.shape[1], dim=1),
-            v.repeat_interleave(heads // v.shape[1], dim=1),
+            v_latent.repeat_interleave(heads // v.shape[1], dim=1),
             latent_scale,
             key_mask,
         )

@@ -120,6 +120,47 @@ def test_heads(heads: tuple[int, int, int], dtype: torch.dtype, causal: bool) ->
     check(macchiato_attention, *inputs, window=9, causal=causal, latent_scale=0.6)
 
 
+@CAUSAL
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("latent_heads", [1, 2, 4])
+def test_latents_have_values_of_their_own(
+    latent_heads: int, dtype: torch.dtype, causal: bool
+) -> None:
+    inputs = macchiato_inputs(latents=5, latent_heads=latent_heads, dtype=dtype)
+    v_latent = normal(2, 2, 23, 6, dtype=dtype)
+    v_latent[:, :, 3] = 0
+
+    def attention(*args: Tensor, **options: object) -> Tensor:
+        q_latent, k_latent, q, k, v_latent, v = args
+        return macchiato_attention(q_latent, k_latent, q, k, v, v_latent=v_latent, **options)  # type: ignore[arg-type,call-overload,no-any-return]
+
+    check(attention, *inputs[:4], v_latent, inputs[4], window=5, causal=causal)
+    check(attention, *inputs[:4], v_latent, inputs[4], window=0, causal=causal)
+
+
+@pytest.mark.parametrize("latent_heads", [1, 2, 4])
+@pytest.mark.parametrize("window", [0, 4])
+def test_pieces_with_values_for_the_latents(window: int, latent_heads: int) -> None:
+    inputs = macchiato_inputs(latent_heads=latent_heads)
+    v_latent = normal(2, 2, 23, 6)
+    whole = macchiato_attention(*inputs, window=window, v_latent=v_latent)
+    state, row = None, 0
+    for end in (7, 15):
+        part = slice(row, end)
+        y, state = macchiato_attention(
+            *(x[:, :, part] for x in inputs), window=window, v_latent=v_latent[:, :, part],
+            state=state, return_state=True,
+        )  # fmt: skip
+        torch.testing.assert_close(y, whole[:, :, part])
+        row = end
+    assert state is not None
+    for t in range(row, 23):
+        y = macchiato_attention_step(
+            *(x[:, :, t] for x in inputs), state, v_latent=v_latent[:, :, t]
+        )
+        torch.testing.assert_close(y, whole[:, :, t])
+
+
 def test_infinite_gates() -> None:
     """Columns, and whole rows, of -inf: probabilities of exactly zero, in gradients too."""
     inputs = macchiato_inputs(latents=4, latent_heads=4, dtype=torch.float32)
@@ -221,6 +262,8 @@ def bad_calls() -> Iterator[tuple[str, dict[str, object], type[Exception], str]]
     yield "heads", {"k_latent": three}, ValueError, r"multiple of the 3 heads of k_latent"
     yield "dtype", {"k_latent": k_latent.double()}, TypeError, r"k_latent has dtype torch.float64"
     yield "int", {"q_latent": q_latent.int()}, TypeError, r"q_latent has dtype torch.int32"
+    yield "v_latent", {"v_latent": q[:, :2]}, ValueError, r"v_latent has shape .*, expected"
+    yield "v_latent_type", {"v_latent": 1}, TypeError, r"v_latent is a int, expected a torch.Tensor"
     yield "window", {"window": -1}, ValueError, r"window is -1, expected at least 0"
     yield "state", {"state": 3}, TypeError, r"state is a int, expected a MacchiatoState"
     yield "no_ring", {"state": MacchiatoState(None, None)}, TypeError, r"state.latent is a NoneType"
