@@ -13,7 +13,7 @@ using Object = const py::object&;
 
 SlidingWindowForward window_inputs(Object q, Object k, Object v, Object key_mask, Object cu_seqlens,
                                    int64_t window, int64_t past, bool causal, double scale,
-                                   bool read = true) {
+                                   double softcap, bool read = true) {
   SlidingWindowForward p;
   p.q = tensor_from_torch(q, read);
   p.k = tensor_from_torch(k, read);
@@ -24,6 +24,7 @@ SlidingWindowForward window_inputs(Object q, Object k, Object v, Object key_mask
   p.past = past;
   p.causal = causal;
   p.scale = scale;
+  p.softcap = softcap;
   return p;
 }
 
@@ -40,6 +41,7 @@ SlidingWindowBackward window_gradient(const SlidingWindowForward& inputs, Object
   p.past = inputs.past;
   p.causal = inputs.causal;
   p.scale = inputs.scale;
+  p.softcap = inputs.softcap;
   p.log_sum = tensor_from_torch(log_sum);
   p.wide = tensor_from_torch(wide);
   p.dy = tensor_from_torch(dy);
@@ -60,18 +62,18 @@ Tensor output_like(const Tensor& q, const Tensor& v, DType dtype) {
 }
 
 void check(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, int64_t window,
-           int64_t past, bool causal, double scale) {
+           int64_t past, bool causal, double scale, double softcap) {
   SlidingWindowForward p =
-      window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, false);
+      window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap, false);
   p.y = output_like(p.q, p.v, p.v.dtype);
   workspace_bytes(p, 1);
 }
 
 void forward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object y,
              Object log_sum, Object wide, int64_t window, int64_t past, bool causal, double scale,
-             int threads) {
+             double softcap, int threads) {
   SlidingWindowForward p =
-      window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale);
+      window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap);
   p.y = tensor_from_torch(y);
   p.log_sum = tensor_from_torch(log_sum);
   p.wide = tensor_from_torch(wide);
@@ -80,16 +82,18 @@ void forward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, O
 
 void backward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object log_sum,
               Object wide, Object dy, Object d_log_sum, Object dq, Object dk, Object dv,
-              int64_t window, int64_t past, bool causal, double scale, int threads) {
+              int64_t window, int64_t past, bool causal, double scale, double softcap,
+              int threads) {
   call(sliding_window_backward,
-       window_gradient(window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale),
-                       log_sum, wide, dy, d_log_sum, dq, dk, dv),
+       window_gradient(
+           window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap),
+           log_sum, wide, dy, d_log_sum, dq, dk, dv),
        threads);
 }
 
 SlidingWindowStep step_inputs(Object q, Object k, Object v, Object key, Object value, Object valid,
                               Object position, Object q_sink, Object k_sink, Object v_sink,
-                              Object sink_position, Object y, double scale) {
+                              Object sink_position, Object y, double scale, double softcap) {
   SlidingWindowStep p;
   p.q = tensor_from_torch(q);
   p.k = tensor_from_torch(k);
@@ -102,15 +106,16 @@ SlidingWindowStep step_inputs(Object q, Object k, Object v, Object key, Object v
   p.sink_position = tensor_from_torch(sink_position);
   p.y = tensor_from_torch(y);
   p.scale = scale;
+  p.softcap = softcap;
   return p;
 }
 
 void step(Object q, Object k, Object v, Object key, Object value, Object valid, Object position,
           Object q_sink, Object k_sink, Object v_sink, Object sink_position, Object y, double scale,
-          int threads) {
+          double softcap, int threads) {
   call(sliding_window_step,
        step_inputs(q, k, v, key, value, valid, position, q_sink, k_sink, v_sink, sink_position, y,
-                   scale),
+                   scale, softcap),
        threads);
 }
 
@@ -122,7 +127,8 @@ void gated_forward(Object q_latent, Object k_latent, Object v_latent, Object q, 
                    Object latent_mask, Object key_mask, Object cu_seqlens, Object max, Object norm,
                    Object mean, Object y, Object total, Object log_sum, Object wide,
                    Object final_max, Object final_norm, Object final_mean, int64_t window,
-                   int64_t past, bool causal, double scale, double latent_scale, int threads) {
+                   int64_t past, bool causal, double scale, double softcap, double latent_scale,
+                   int threads) {
   MacchiatoForward p;
   p.q_latent = tensor_from_torch(q_latent);
   p.latent.k = tensor_from_torch(k_latent);
@@ -132,7 +138,7 @@ void gated_forward(Object q_latent, Object k_latent, Object v_latent, Object q, 
   p.latent.y = tensor_from_torch(total);
   p.latent.final = state(final_max, final_norm, final_mean);
   p.latent.scale = latent_scale;
-  p.window = window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale);
+  p.window = window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap);
   p.window.y = tensor_from_torch(y);
   p.window.log_sum = tensor_from_torch(log_sum);
   p.window.wide = tensor_from_torch(wide);
@@ -145,7 +151,7 @@ void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q,
                     Object d_final_norm, Object d_final_mean, Object dq_latent, Object dk_latent,
                     Object dv_latent, Object dq, Object dk, Object dv, Object d_norm, Object d_mean,
                     bool one_value, int64_t window, int64_t past, bool causal, double scale,
-                    double latent_scale, int threads) {
+                    double softcap, double latent_scale, int threads) {
   MacchiatoBackward p;
   p.one_value = one_value;
   p.q_latent = tensor_from_torch(q_latent);
@@ -160,16 +166,16 @@ void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q,
   p.latent.d_initial = state(py::none(), d_norm, d_mean);
   p.latent.scale = latent_scale;
   p.dq_latent = tensor_from_torch(dq_latent);
-  p.window =
-      window_gradient(window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale),
-                      log_sum, wide, dy, py::none(), dq, dk, dv);
+  p.window = window_gradient(
+      window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap), log_sum,
+      wide, dy, py::none(), dq, dk, dv);
   call(macchiato_backward, p, threads);
 }
 
 void gated_step(Object q_latent, Object k_latent, Object v_latent, Object q, Object k, Object v,
                 Object max, Object norm, Object mean, Object key, Object value, Object valid,
                 Object position, Object q_sink, Object k_sink, Object v_sink, Object sink_position,
-                Object y, double scale, double latent_scale, int threads) {
+                Object y, double scale, double softcap, double latent_scale, int threads) {
   MacchiatoStep p;
   p.q_latent = tensor_from_torch(q_latent);
   p.latent.k = tensor_from_torch(k_latent);
@@ -177,7 +183,7 @@ void gated_step(Object q_latent, Object k_latent, Object v_latent, Object q, Obj
   p.latent.state = state(max, norm, mean);
   p.latent.scale = latent_scale;
   p.window = step_inputs(q, k, v, key, value, valid, position, q_sink, k_sink, v_sink,
-                         sink_position, y, scale);
+                         sink_position, y, scale, softcap);
   call(macchiato_step, p, threads);
 }
 
@@ -186,28 +192,31 @@ void gated_step(Object q_latent, Object k_latent, Object v_latent, Object q, Obj
 void define_window(py::module_& m) {
   m.def("sliding_window_check", &check, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("window"), py::arg("past"),
-        py::arg("causal"), py::arg("scale"),
+        py::arg("causal"), py::arg("scale"), py::arg("softcap"),
         "Raises what sliding_window_forward would raise for these inputs.");
   m.def("sliding_window_forward", &forward, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("y"), py::arg("log_sum"),
         py::arg("wide"), py::arg("window"), py::arg("past"), py::arg("causal"), py::arg("scale"),
-        py::arg("threads"), "Writes y, and log_sum and wide where they are not None.");
+        py::arg("softcap"), py::arg("threads"),
+        "Writes y, and log_sum and wide where they are not None.");
   m.def("sliding_window_backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("log_sum"), py::arg("wide"),
         py::arg("dy"), py::arg("d_log_sum"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
-        py::arg("window"), py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("threads"),
-        "Writes dq, dk and dv.");
+        py::arg("window"), py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),
+        py::arg("threads"), "Writes dq, dk and dv.");
   m.def("sliding_window_step", &step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("key"),
         py::arg("value"), py::arg("valid"), py::arg("position"), py::arg("q_sink"),
         py::arg("k_sink"), py::arg("v_sink"), py::arg("sink_position"), py::arg("y"),
-        py::arg("scale"), py::arg("threads"), "Updates the ring in place and writes y.");
+        py::arg("scale"), py::arg("softcap"), py::arg("threads"),
+        "Updates the ring in place and writes y.");
   m.def("macchiato_forward", &gated_forward, py::arg("q_latent"), py::arg("k_latent"),
         py::arg("v_latent"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("latent_mask"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
         py::arg("mean"), py::arg("y"), py::arg("total"), py::arg("log_sum"), py::arg("wide"),
         py::arg("final_max"), py::arg("final_norm"), py::arg("final_mean"), py::arg("window"),
-        py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("latent_scale"),
-        py::arg("threads"), "Writes y, total and the final state; log_sum and wide if not None.");
+        py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),
+        py::arg("latent_scale"), py::arg("threads"),
+        "Writes y, total and the final state; log_sum and wide if not None.");
   m.def("macchiato_backward", &gated_backward, py::arg("q_latent"), py::arg("k_latent"),
         py::arg("v_latent"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("latent_mask"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
@@ -215,14 +224,16 @@ void define_window(py::module_& m) {
         py::arg("d_final_norm"), py::arg("d_final_mean"), py::arg("dq_latent"),
         py::arg("dk_latent"), py::arg("dv_latent"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
         py::arg("d_norm"), py::arg("d_mean"), py::arg("one_value"), py::arg("window"),
-        py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("latent_scale"),
-        py::arg("threads"), "Writes the gradients of all inputs and of the initial state.");
+        py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),
+        py::arg("latent_scale"), py::arg("threads"),
+        "Writes the gradients of all inputs and of the initial state.");
   m.def("macchiato_step", &gated_step, py::arg("q_latent"), py::arg("k_latent"),
         py::arg("v_latent"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("max"),
         py::arg("norm"), py::arg("mean"), py::arg("key"), py::arg("value"), py::arg("valid"),
         py::arg("position"), py::arg("q_sink"), py::arg("k_sink"), py::arg("v_sink"),
-        py::arg("sink_position"), py::arg("y"), py::arg("scale"), py::arg("latent_scale"),
-        py::arg("threads"), "Updates state and ring in place and writes y.");
+        py::arg("sink_position"), py::arg("y"), py::arg("scale"), py::arg("softcap"),
+        py::arg("latent_scale"), py::arg("threads"),
+        "Updates state and ring in place and writes y.");
 }
 
 }  // namespace latte::python

@@ -189,6 +189,7 @@ def sliding_window_check(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
 ) -> None: ...
 def sliding_window_forward(
     q: Tensor,
@@ -203,6 +204,7 @@ def sliding_window_forward(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
     threads: int,
 ) -> None: ...
 def sliding_window_backward(
@@ -222,6 +224,7 @@ def sliding_window_backward(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
     threads: int,
 ) -> None: ...
 def sliding_window_step(
@@ -238,6 +241,7 @@ def sliding_window_step(
     sink_position: Tensor | None,
     y: Tensor,
     scale: float,
+    softcap: float,
     threads: int,
 ) -> None: ...
 def macchiato_forward(
@@ -264,6 +268,7 @@ def macchiato_forward(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
     latent_scale: float,
     threads: int,
 ) -> None: ...
@@ -299,6 +304,7 @@ def macchiato_backward(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
     latent_scale: float,
     threads: int,
 ) -> None: ...
@@ -322,6 +328,7 @@ def macchiato_step(
     sink_position: Tensor | None,
     y: Tensor,
     scale: float,
+    softcap: float,
     latent_scale: float,
     threads: int,
 ) -> None: ...

@@ -53,6 +53,7 @@ def _forward_cpu(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
     latent_scale: float,
     save: bool,
 ) -> tuple[Tensor, ...]:
@@ -64,7 +65,7 @@ def _forward_cpu(
         q_latent, k_latent, v if v_latent is None else v_latent, q, k, v, latent_mask, key_mask,
         cu_seqlens, max, norm, mean, y, y if y.dtype == wide.dtype else total,
         log_sum if save else None, or_none(wide), final_max, final_norm, final_mean, window, past,
-        causal, scale, latent_scale, torch.get_num_threads(),
+        causal, scale, softcap, latent_scale, torch.get_num_threads(),
     )  # fmt: skip
     if not save:
         log_sum.zero_()
@@ -113,6 +114,7 @@ def _backward_cpu(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
     latent_scale: float,
 ) -> tuple[Tensor, ...]:
     outputs = _backward_fake(
@@ -127,8 +129,8 @@ def _backward_cpu(
         q_latent, k_latent, v if v_latent is None else v_latent, q, k, v, latent_mask, key_mask,
         cu_seqlens, max, norm, mean, total, log_sum, wide, dy, d_final_norm, d_final_mean,
         dq_latent, dk_latent, dv_latent, dq, dk, dv, None if norm is None else d_norm,
-        None if mean is None else d_mean, shared, window, past, causal, scale, latent_scale,
-        torch.get_num_threads(),
+        None if mean is None else d_mean, shared, window, past, causal, scale, softcap,
+        latent_scale, torch.get_num_threads(),
     )  # fmt: skip
     if not shared and k_latent.shape[3] == 0:
         dv_latent.zero_()
@@ -136,7 +138,9 @@ def _backward_cpu(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.window, ctx.past, ctx.causal, ctx.scale, ctx.latent_scale, _ = inputs
+    *tensors, ctx.window, ctx.past, ctx.causal, ctx.scale, ctx.softcap, ctx.latent_scale = inputs[
+        :-1
+    ]
     y, total, log_sum, wide, maximum, *_ = output
     ctx.save_for_backward(*tensors, y if y.dtype == total.dtype else total, log_sum, wide)
     ctx.mark_non_differentiable(total, log_sum, wide, maximum)
@@ -159,14 +163,14 @@ def _gradients(ctx: Any, dy: Tensor | None, *grads: Tensor | None) -> tuple[Tens
             d_mean = other.new_zeros((*other.shape, v.shape[3]))
     output = _backward(
         *inputs, total, log_sum, wide, dy, d_norm, d_mean, ctx.window, ctx.past, ctx.causal,
-        ctx.scale, ctx.latent_scale,
+        ctx.scale, ctx.softcap, ctx.latent_scale,
     )  # fmt: skip
     gradients = list(output)
     if v_latent is None:
         gradients[2] = None
     if norm is None:
         gradients[6:] = [None, None]
-    return *gradients[:6], None, None, None, None, *gradients[6:], *[None] * 6
+    return *gradients[:6], None, None, None, None, *gradients[6:], *[None] * 7
 
 
 def _step_fake(
@@ -195,13 +199,14 @@ def _step_cpu(
     v_sink: Tensor | None,
     sink_position: Tensor | None,
     scale: float,
+    softcap: float,
     latent_scale: float,
 ) -> Tensor:
     y = _step_fake(q_latent, k_latent, v_latent, q, k, v)
     _core.macchiato_step(
         q_latent, k_latent, v if v_latent is None else v_latent, q, k, v, max, norm, mean, key,
-        value, valid, position, q_sink, k_sink, v_sink, sink_position, y, scale, latent_scale,
-        torch.get_num_threads(),
+        value, valid, position, q_sink, k_sink, v_sink, sink_position, y, scale, softcap,
+        latent_scale, torch.get_num_threads(),
     )  # fmt: skip
     mark_updated(key, value, valid, position)
     mark_updated(*(x for x in (max, norm, mean) if x is not None))
@@ -212,8 +217,8 @@ macchiato_attention = register(
     "macchiato_attention(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, Tensor k, "
     "Tensor v, Tensor? latent_mask, Tensor? key_mask, Tensor? cu_seqlens, Tensor? max, "
     "Tensor? norm, Tensor? mean, int window, int past, bool causal, float scale, "
-    "float latent_scale, bool save) -> (Tensor y, Tensor total, Tensor log_sum, Tensor wide, "
-    "Tensor max, Tensor norm, Tensor mean)",
+    "float softcap, float latent_scale, bool save) -> (Tensor y, Tensor total, Tensor log_sum, "
+    "Tensor wide, Tensor max, Tensor norm, Tensor mean)",
     _forward_cpu, _forward_fake, differentiable(_save, _gradients),
 )  # fmt: skip
 _backward = register(
@@ -221,14 +226,15 @@ _backward = register(
     "Tensor k, Tensor v, Tensor? latent_mask, Tensor? key_mask, Tensor? cu_seqlens, Tensor? max, "
     "Tensor? norm, Tensor? mean, Tensor total, Tensor log_sum, Tensor wide, Tensor dy, "
     "Tensor? d_final_norm, Tensor? d_final_mean, int window, int past, bool causal, float scale, "
-    "float latent_scale) -> (Tensor dq_latent, Tensor dk_latent, Tensor dv_latent, Tensor dq, "
-    "Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean)",
+    "float softcap, float latent_scale) -> (Tensor dq_latent, Tensor dk_latent, Tensor dv_latent, "
+    "Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean)",
     _backward_cpu, _backward_fake, once_differentiable,
 )  # fmt: skip
 macchiato_attention_step = register(
     "macchiato_attention_step(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, "
     "Tensor k, Tensor v, Tensor(a!)? max, Tensor(b!)? norm, Tensor(c!)? mean, Tensor(d!) key, "
     "Tensor(e!) value, Tensor(f!) valid, Tensor(g!) position, Tensor? q_sink, Tensor? k_sink, "
-    "Tensor? v_sink, Tensor? sink_position, float scale, float latent_scale) -> Tensor y",
+    "Tensor? v_sink, Tensor? sink_position, float scale, float softcap, "
+    "float latent_scale) -> Tensor y",
     _step_cpu, _step_fake, in_place("cache"),
 )  # fmt: skip

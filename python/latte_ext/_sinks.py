@@ -56,6 +56,7 @@ def attend_with_sinks(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
     sinks: WindowSinks,
     start: Tensor | None,
 ) -> Tensor:
@@ -67,7 +68,7 @@ def attend_with_sinks(
     save = is_differentiated(q, k, v, sinks.q, sinks.k, sinks.v)
     local: Tensor
     local, log_sum, _ = _window_ops.sliding_window_attention(
-        q, k, v.to(dtype), key_mask, cu_seqlens, window, past, causal, scale, save
+        q, k, v.to(dtype), key_mask, cu_seqlens, window, past, causal, scale, softcap, save
     )
     tokens, group = q.shape[2], q.shape[1] // k.shape[1]
     at = torch.arange(tokens, device=q.device)[None]
@@ -84,6 +85,8 @@ def attend_with_sinks(
     else:
         logits = q_sink @ k_sink.transpose(2, 3)
     logits = logits * scale
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     if sinks.position is not None:
         position = sinks.position if cu_seqlens is None else sinks.position[sequence][None]
         if start is not None:

@@ -30,6 +30,17 @@ def check_window(
     return scale
 
 
+def check_softcap(op: str, softcap: float | None) -> float:
+    """The cap as the core takes it, 0 for none."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, bool) or not isinstance(softcap, (int, float)):
+        raise TypeError(f"[{op}] softcap is a {type(softcap).__name__}, expected a float or None")
+    if not 0 < softcap < math.inf:
+        raise ValueError(f"[{op}] softcap is {softcap}, expected a positive finite number or None")
+    return float(softcap)
+
+
 def check_cache(op: str, q: Tensor, cache: WindowCache) -> None:
     check_type(op, "cache", cache, WindowCache)
     check_device(op, "cache", cache.device, q)
@@ -45,11 +56,12 @@ def check_window_by_core(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
 ) -> None:
     """`check_by_core` for the keys that a window sees."""
     check_by_core(
         lambda borders: _core.sliding_window_check(
-            q, k, v, key_mask, borders, window, past, causal, scale
+            q, k, v, key_mask, borders, window, past, causal, scale, softcap
         ),
         cu_seqlens,
     )

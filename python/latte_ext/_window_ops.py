@@ -64,12 +64,13 @@ def _forward_cpu(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, log_sum, wide = _forward_fake(q, k, v, save)
     _core.sliding_window_forward(
         q, k, v, key_mask, cu_seqlens, y, log_sum, or_none(wide), window, past, causal, scale,
-        torch.get_num_threads(),
+        softcap, torch.get_num_threads(),
     )  # fmt: skip
     return y, log_sum, wide
 
@@ -92,17 +93,18 @@ def _backward_cpu(
     past: int,
     causal: bool,
     scale: float,
+    softcap: float,
 ) -> tuple[Tensor, ...]:
     dq, dk, dv = _backward_fake(q, k, v)
     _core.sliding_window_backward(
         q, k, v, key_mask, cu_seqlens, log_sum, wide, dy, d_log_sum, dq, dk, dv, window, past,
-        causal, scale, torch.get_num_threads(),
+        causal, scale, softcap, torch.get_num_threads(),
     )  # fmt: skip
     return dq, dk, dv
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.window, ctx.past, ctx.causal, ctx.scale, _ = inputs
+    *tensors, ctx.window, ctx.past, ctx.causal, ctx.scale, ctx.softcap, _ = inputs
     y, log_sum, wide = output
     ctx.save_for_backward(*tensors, log_sum, y if y.dtype == wide.dtype else wide)
     ctx.mark_non_differentiable(wide)
@@ -115,9 +117,9 @@ def _gradients(ctx: Any, dy: Tensor | None, d_log_sum: Tensor | None, _: Any) ->
         dy = torch.zeros(wide.shape, dtype=v.dtype, device=v.device)
     gradients = _backward(
         q, k, v, key_mask, cu_seqlens, log_sum, wide, dy, d_log_sum, ctx.window, ctx.past,
-        ctx.causal, ctx.scale,
+        ctx.causal, ctx.scale, ctx.softcap,
     )  # fmt: skip
-    return *gradients, *[None] * 7
+    return *gradients, *[None] * 8
 
 
 def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
@@ -138,11 +140,12 @@ def _step_cpu(
     v_sink: Tensor | None,
     sink_position: Tensor | None,
     scale: float,
+    softcap: float,
 ) -> Tensor:
     y = _step_fake(q, k, v)
     _core.sliding_window_step(
         q, k, v, key, value, valid, position, q_sink, k_sink, v_sink, sink_position, y, scale,
-        torch.get_num_threads(),
+        softcap, torch.get_num_threads(),
     )  # fmt: skip
     mark_updated(key, value, valid, position)
     return y
@@ -150,19 +153,19 @@ def _step_cpu(
 
 sliding_window_attention = register(
     "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens, "
-    "int window, int past, bool causal, float scale, bool save)"
+    "int window, int past, bool causal, float scale, float softcap, bool save)"
     " -> (Tensor y, Tensor log_sum, Tensor wide)",
     _forward_cpu, _forward_fake, differentiable(_save, _gradients),
 )  # fmt: skip
 _backward = register(
     "sliding_window_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, "
     "Tensor? cu_seqlens, Tensor log_sum, Tensor wide, Tensor dy, Tensor? d_log_sum, int window, "
-    "int past, bool causal, float scale) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "int past, bool causal, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv)",
     _backward_cpu, _backward_fake, once_differentiable,
 )  # fmt: skip
 sliding_window_attention_step = register(
     "sliding_window_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, "
     "Tensor(c!) valid, Tensor(d!) position, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
-    "Tensor? sink_position, float scale) -> Tensor y",
+    "Tensor? sink_position, float scale, float softcap) -> Tensor y",
     _step_cpu, _step_fake, in_place("cache"),
 )  # fmt: skip

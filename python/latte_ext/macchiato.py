@@ -25,7 +25,13 @@ from ._checks import (
 )
 from ._register import compute_dtype, is_differentiated
 from ._sinks import attend_with_sinks, check_sinks, sink_tensors
-from ._window_inputs import check_cache, check_window, check_window_by_core, seen_by_window
+from ._window_inputs import (
+    check_cache,
+    check_softcap,
+    check_window,
+    check_window_by_core,
+    seen_by_window,
+)
 from .functional import latent_attention, latent_attention_step
 from .state import LatentState
 from .window_cache import MacchiatoState, WindowCache, WindowSinks
@@ -49,6 +55,7 @@ def macchiato_attention(
     return_state: Literal[False] = ...,
     sinks: WindowSinks | None = ...,
     v_latent: Tensor | None = ...,
+    softcap: float | None = ...,
     backend: Backend | None = ...,
 ) -> Tensor: ...
 @overload
@@ -69,6 +76,7 @@ def macchiato_attention(
     return_state: Literal[True],
     sinks: WindowSinks | None = ...,
     v_latent: Tensor | None = ...,
+    softcap: float | None = ...,
     backend: Backend | None = ...,
 ) -> tuple[Tensor, MacchiatoState]: ...
 def macchiato_attention(
@@ -88,6 +96,7 @@ def macchiato_attention(
     return_state: bool = False,
     sinks: WindowSinks | None = None,
     v_latent: Tensor | None = None,
+    softcap: float | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, MacchiatoState]:
     """A local window and global latents in one probability (Latte Macchiato, arXiv 2402.17512).
@@ -103,7 +112,8 @@ def macchiato_attention(
         k_latent: (B,Hl,T,L) logits of p(s|l), H a multiple of Hl. L = 0 is allowed.
         q: (B,H,T,Dk), k: (B,Hk,T,Dk), v: (B,Hk,T,D), H a multiple of Hk.
         window: >= 0, as in `sliding_window_attention`.
-        causal, scale, key_mask, cu_seqlens, sinks, backend: as in `sliding_window_attention`.
+        causal, scale, key_mask, cu_seqlens, sinks, softcap, backend: as in
+            `sliding_window_attention`.
         latent_scale: multiplies q_latent and k_latent.
         state: the tokens before these, N sequences (causal only); left as it is. Its latents have
             the least common multiple of Hl and Hk heads.
@@ -121,6 +131,7 @@ def macchiato_attention(
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
     _check_latents(op, q, k, v, q_latent, k_latent, v_latent)
     scale = check_window(op, q, window, scale, causal, minimum=0)
+    cap = check_softcap(op, softcap)
     check_scale(op, latent_scale)
     check_backend(op, "q", q, backend)
     cache = latent = None
@@ -142,7 +153,7 @@ def macchiato_attention(
 
     seen = seen_by_window(op, q, k, v, window, causal, key_mask, cu_seqlens, cache, return_state)
     arguments = (
-        q, seen.key, seen.value, seen.mask, cu_seqlens, window, seen.past, causal, scale
+        q, seen.key, seen.value, seen.mask, cu_seqlens, window, seen.past, causal, scale, cap
     )  # fmt: skip
     triple = (None, None, None) if latent is None else latent.tensors()
     if backend == "reference":
@@ -152,7 +163,7 @@ def macchiato_attention(
             latent_scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
             state=None if latent is None else latent.tensors(), past=seen.past, past_k=seen.key,
             past_v=seen.value, past_mask=seen.mask, sinks=sinks, start=seen.start,
-            v_latent=v_latent,
+            v_latent=v_latent, softcap=softcap,
         )  # fmt: skip
     else:
         # Logits unrounded, so that their gradient is rounded once.
@@ -164,7 +175,8 @@ def macchiato_attention(
             save = is_differentiated(q_latent, k_latent, v_latent, q, seen.key, seen.value, *triple)
             y, _, _, _, *final = _macchiato_ops.macchiato_attention(
                 q_latent, k_latent, v_latent, q, seen.key, seen.value, key_mask, seen.mask,
-                cu_seqlens, *triple, window, seen.past, causal, scale, float(latent_scale), save,
+                cu_seqlens, *triple, window, seen.past, causal, scale, cap, float(latent_scale),
+                save,
             )  # fmt: skip
         else:
             local = attend_with_sinks(*arguments, sinks, seen.start)
@@ -198,6 +210,7 @@ def macchiato_attention_step(
     latent_scale: float = 1.0,
     sinks: WindowSinks | None = None,
     v_latent: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One token per sequence: constant time and memory, `state` is updated in place.
 
@@ -206,7 +219,7 @@ def macchiato_attention_step(
     Args:
         q_latent: (N,H,1+L), k_latent: (N,Hl,L), q: (N,H,Dk), k: (N,Hk,Dk), v: (N,Hk,D).
         state: N sequences; its window is the window.
-        scale, latent_scale: as in `macchiato_attention`.
+        scale, latent_scale, softcap: as in `macchiato_attention`.
         sinks: as in `macchiato_attention`, with q (N,H,Dk).
         v_latent: (N,Hk,D), as in `macchiato_attention`.
 
@@ -217,6 +230,7 @@ def macchiato_attention_step(
     check_tensors(op, {"q": q, "k": k, "v": v})
     _check_latents(op, q, k, v, q_latent, k_latent, v_latent)
     scale = check_window(op, q, 1, scale, True, minimum=1)
+    cap = check_softcap(op, softcap)
     check_scale(op, latent_scale)
     check_type(op, "state", state, MacchiatoState)
     window = 0 if state.window is None else state.window.window
@@ -232,7 +246,7 @@ def macchiato_attention_step(
     triple = (None, None, None) if latent is None else latent.tensors()
     y = _macchiato_ops.macchiato_attention_step(
         q_latent.to(compute_dtype(q, k, v)), k_latent, v_latent, q, k, v, *triple,
-        *cache.tensors(), *sinks_given, scale, float(latent_scale),
+        *cache.tensors(), *sinks_given, scale, cap, float(latent_scale),
     )  # fmt: skip
     return y
 

@@ -223,6 +223,7 @@ def sliding_window_attention(
     past: int = 0,
     sinks: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
     start: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Softmax attention to the tokens closer than `window`, from the definition: O(T S) memory.
 
@@ -243,6 +244,7 @@ def sliding_window_attention(
         sinks: queries (B,H,T,Dk), keys (N,Hk,n,Dk), values (N,Hk,n,D) and either None, every token
             sees them all, or positions (N,n): a token sees those that its window does not hold.
         start: (N,) position of the first query in its sequence, 0 if None; matters to sinks only.
+        softcap: logits, those of sinks too, become softcap tanh(logit / softcap).
 
     Returns:
         y (B,H,T,D) in the dtype of v.
@@ -261,7 +263,7 @@ def sliding_window_attention(
             q_sink, k_sink, v_sink, position = sinks
             sinks = q_sink.to(dtype) * scale, k_sink.to(dtype), v_sink.to(dtype), position
         if lengths is None:
-            y = _window(queries, keys, values, key_mask, window, causal, sinks, start)
+            y = _window(queries, keys, values, key_mask, window, causal, softcap, sinks, start)
         else:
             rows = [values.new_empty(1, q.shape[1], 0, v.shape[3])]
             longer = [past + n for n in lengths]
@@ -282,7 +284,9 @@ def sliding_window_attention(
                         None if sinks[3] is None else sinks[3][n : n + 1],
                     )
                 rows.append(
-                    _window(q_n, k_n, v_n, mask_n, window, causal, sinks_n, start[n : n + 1])
+                    _window(
+                        q_n, k_n, v_n, mask_n, window, causal, softcap, sinks_n, start[n : n + 1]
+                    )
                 )
             y = torch.cat(rows, dim=2)
     return y.to(v.dtype)
@@ -309,6 +313,7 @@ def macchiato_attention(
     sinks: tuple[Tensor, Tensor, Tensor, Tensor | None] | None = None,
     start: Tensor | None = None,
     v_latent: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, StateTensors]:
     """Window and latents in one probability: p(l|t) = softmax over l = 0..L of q_latent[t]::
 
@@ -327,7 +332,7 @@ def macchiato_attention(
             of Hl and Hk.
         past, past_k, past_v, past_mask: what the window sees instead of k, v and key_mask if there
             are keys before the first query.
-        sinks, start: of the window.
+        sinks, start, softcap: of the window.
         v_latent: (B,Hk,T,D) values of the latents, v if None.
 
     Returns:
@@ -367,6 +372,7 @@ def macchiato_attention(
                 past=past,
                 sinks=sinks,
                 start=start,
+                softcap=softcap,
             )
             y = y + p[..., :1] * local
     return y.to(v.dtype), carry
@@ -379,6 +385,7 @@ def _window(
     key_mask: Tensor,
     window: int,
     causal: bool,
+    softcap: float | None,
     sinks: tuple[Tensor, Tensor, Tensor, Tensor | None] | None,
     start: Tensor,
 ) -> Tensor:
@@ -390,11 +397,12 @@ def _window(
     visible = near & key_mask[:, None, None, :]
     values = torch.where(key_mask[:, None, :, None], v, 0)
     keys = k.repeat_interleave(group, dim=1)
-    logits = torch.where(visible, q @ keys.transpose(2, 3), -torch.inf)
+    logits = torch.where(visible, _capped(q @ keys.transpose(2, 3), softcap), -torch.inf)
     values = values.repeat_interleave(group, dim=1)
     if sinks is not None:
         q_sink, k_sink, v_sink, position = sinks
-        sink_logits = q_sink @ k_sink.repeat_interleave(group, dim=1).transpose(2, 3)
+        keys = k_sink.repeat_interleave(group, dim=1)
+        sink_logits = _capped(q_sink @ keys.transpose(2, 3), softcap)
         if position is not None:
             own = start[:, None] + torch.arange(tokens, device=q.device)
             distance = own[:, :, None] - position[:, None, :]
@@ -403,6 +411,10 @@ def _window(
         logits = torch.cat([sink_logits, logits], dim=3)
         values = torch.cat([v_sink.repeat_interleave(group, dim=1), values], dim=2)
     return softmax(logits, dim=-1) @ values
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 def _prepare(

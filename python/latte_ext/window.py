@@ -11,7 +11,13 @@ from . import _window_ops, reference
 from ._checks import Backend, check_backend, check_tensors
 from ._register import is_differentiated
 from ._sinks import attend_with_sinks, check_sinks, sink_tensors
-from ._window_inputs import check_cache, check_window, check_window_by_core, seen_by_window
+from ._window_inputs import (
+    check_cache,
+    check_softcap,
+    check_window,
+    check_window_by_core,
+    seen_by_window,
+)
 from .window_cache import WindowCache, WindowSinks
 
 
@@ -29,6 +35,7 @@ def sliding_window_attention(
     cache: WindowCache | None = ...,
     return_cache: Literal[False] = ...,
     sinks: WindowSinks | None = ...,
+    softcap: float | None = ...,
     backend: Backend | None = ...,
 ) -> Tensor: ...
 @overload
@@ -45,6 +52,7 @@ def sliding_window_attention(
     cache: WindowCache | None = ...,
     return_cache: Literal[True],
     sinks: WindowSinks | None = ...,
+    softcap: float | None = ...,
     backend: Backend | None = ...,
 ) -> tuple[Tensor, WindowCache]: ...
 def sliding_window_attention(
@@ -60,6 +68,7 @@ def sliding_window_attention(
     cache: WindowCache | None = None,
     return_cache: bool = False,
     sinks: WindowSinks | None = None,
+    softcap: float | None = None,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, WindowCache]:
     """Softmax attention of every token to its last `window` tokens, itself included.
@@ -78,6 +87,8 @@ def sliding_window_attention(
         cache: the tokens before these, N sequences with this window (causal only); left as it is.
         return_cache: also return the cache after the last token (causal only).
         sinks: keys and values that tokens see beyond their window.
+        softcap: > 0; logits, those of sinks too, become softcap tanh(logit / softcap) (Gemma 2,
+            arXiv 2408.00118, section 2).
         backend: None chooses by device; "cpu", "cuda", or "reference" (plain torch).
 
     Returns:
@@ -90,10 +101,11 @@ def sliding_window_attention(
     op = "sliding_window_attention"
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
     scale = check_window(op, q, window, scale, causal, minimum=1)
+    cap = check_softcap(op, softcap)
     check_backend(op, "q", q, backend)
     seen = seen_by_window(op, q, k, v, window, causal, key_mask, cu_seqlens, cache, return_cache)
     arguments = (
-        q, seen.key, seen.value, seen.mask, cu_seqlens, window, seen.past, causal, scale
+        q, seen.key, seen.value, seen.mask, cu_seqlens, window, seen.past, causal, scale, cap
     )  # fmt: skip
     if sinks is not None:
         check_sinks(op, q, k, v, cu_seqlens, sinks)
@@ -102,7 +114,7 @@ def sliding_window_attention(
         y = reference.sliding_window_attention(
             q, seen.key, seen.value, window=window, causal=causal, scale=scale,
             key_mask=seen.mask, cu_seqlens=cu_seqlens, past=seen.past, sinks=sinks,
-            start=seen.start,
+            start=seen.start, softcap=softcap,
         )  # fmt: skip
     elif sinks is None:
         save = is_differentiated(q, seen.key, seen.value)
@@ -120,6 +132,7 @@ def sliding_window_attention_step(
     *,
     scale: float | None = None,
     sinks: WindowSinks | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """One token per sequence: constant time and memory, `cache` is updated in place.
 
@@ -130,6 +143,7 @@ def sliding_window_attention_step(
         cache: N sequences, Hk heads; its window is the window.
         scale: multiplies q . k; None is 1/sqrt(Dk).
         sinks: as in `sliding_window_attention`, with q (N,H,Dk).
+        softcap: as in `sliding_window_attention`.
 
     Returns:
         y (N,H,D) in v's dtype.
@@ -137,7 +151,8 @@ def sliding_window_attention_step(
     op = "sliding_window_attention_step"
     check_tensors(op, {"q": q, "k": k, "v": v})
     scale = check_window(op, q, 1, scale, True, minimum=1)
+    cap = check_softcap(op, softcap)
     check_cache(op, q, cache)
     return _window_ops.sliding_window_attention_step(  # type: ignore[no-any-return]
-        q, k, v, *cache.tensors(), *sink_tensors(op, q, sinks), scale
+        q, k, v, *cache.tensors(), *sink_tensors(op, q, sinks), scale, cap
     )

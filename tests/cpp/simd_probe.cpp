@@ -39,6 +39,12 @@ void exp_all(const float* x, float* y, int64_t n) {
   for_each_vector(n, [&](int64_t i) { store(y + i, exp(load(x + i))); });
 }
 
+template <class T>
+void tanh_all(const T* x, T* y, int64_t n) {
+  const FlushSubnormals flush;
+  for (int64_t i = 0; i < n; i += kLanes<T>) store(y + i, tanh(load(x + i)));
+}
+
 void reciprocal_all(const float* x, float* y, int64_t n) {
   for_each_vector(n, [&](int64_t i) { store(y + i, reciprocal(load(x + i))); });
 }
@@ -54,6 +60,8 @@ bool any_greater_of(const float* a, const float* b) { return any_greater(load(a)
 const testing_latte::SimdProbe& probe() {
   static constexpr testing_latte::SimdProbe kProbe = {
       exp_all,
+      tanh_all<float>,
+      tanh_all<double>,
       reciprocal_all,
       max_all,
       any_greater_of,

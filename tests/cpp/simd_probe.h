@@ -9,6 +9,8 @@ namespace testing_latte {
 // Arrays hold a multiple of 16 elements; the halves are bit patterns.
 struct SimdProbe {
   void (*exp)(const float* x, float* y, int64_t n);
+  void (*tanh)(const float* x, float* y, int64_t n);
+  void (*tanh_double)(const double* x, double* y, int64_t n);
   void (*reciprocal)(const float* x, float* y, int64_t n);
   void (*max)(const float* a, const float* b, float* y, int64_t n);
   bool (*any_greater)(const float* a, const float* b);  // of the first lanes() elements

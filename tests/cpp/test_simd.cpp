@@ -70,6 +70,40 @@ TEST(Simd, ExpKeepsEveryNaN) {
     EXPECT_TRUE(std::isnan(exp_of({float_of(bits)})[0])) << std::hex << bits;
 }
 
+TEST(Simd, TanhIsWithinItsBound) {
+  Floats x;
+  for (int i = 0; i < 400000; ++i) x.push_back(-20.0f + 1e-4f * static_cast<float>(i));
+  for (int i = 0; i < 400000; ++i)
+    x.push_back(std::ldexp(1.0f + static_cast<float>(i % 4001) / 4001.0f, -(i % 60)) *
+                (i % 2 ? -1.0f : 1.0f));
+  Floats y(x.size());
+  const auto n = static_cast<int64_t>(x.size());
+  probe().tanh(x.data(), y.data(), n);
+  const std::vector<double> wide(x.begin(), x.end());
+  std::vector<double> z(x.size());
+  probe().tanh_double(wide.data(), z.data(), n);
+  for (size_t i = 0; i < x.size(); ++i) {
+    const double expected = std::tanh(wide[i]);
+    ASSERT_LE(std::fabs(y[i] - expected), 4e-7 * std::fabs(expected)) << x[i];
+    ASSERT_LE(std::fabs(z[i] - expected), 1e-14 * std::fabs(expected)) << x[i];
+  }
+}
+
+TEST(Simd, TanhOfSpecialValues) {
+  Floats x = {0.0f, -0.0f, kInf, -kInf, 3.4e38f, -3.4e38f, 88.0f, -1000.0f}, y(16);
+  x.resize(16);
+  probe().tanh(x.data(), y.data(), 16);
+  y.resize(8);
+  EXPECT_EQ(y, (Floats{0, 0, 1, -1, 1, -1, 1, -1}));
+  EXPECT_FALSE(std::signbit(y[0]));
+  EXPECT_TRUE(std::signbit(y[1]));
+  for (const uint32_t bits : kNaNs) {
+    Floats nan(16, float_of(bits));
+    probe().tanh(nan.data(), nan.data(), 16);
+    EXPECT_TRUE(std::isnan(nan[0])) << std::hex << bits;
+  }
+}
+
 TEST(Simd, ReciprocalIsWithinTwoUlp) {
   Floats x, y(16000);
   for (int i = 0; i < 16000; ++i)

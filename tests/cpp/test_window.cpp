@@ -29,6 +29,7 @@ void run(void (*function)(const Params&, void*, int), const Params& params, int 
 struct Case {
   int64_t batch = 2, heads = 4, kv_heads = 2, tokens = 70, past = 0, key_dim = 5, dim = 6;
   int64_t window = 17;
+  double softcap = 0;
   bool causal = true, masked = false;
   DType type = DType::float32;
   Layout layout = Layout::contiguous;
@@ -59,7 +60,8 @@ class Call {
     latte::SlidingWindowForward p;
     p.q = q.tensor(), p.k = k.tensor(), p.v = v.tensor(), p.key_mask = mask.tensor();
     p.y = y.tensor(), p.log_sum = log_sum.tensor(), p.wide = wide.tensor();
-    p.window = c.window, p.past = c.past, p.causal = c.causal, p.scale = kScale;
+    p.window = c.window, p.past = c.past, p.causal = c.causal, p.scale = kScale,
+    p.softcap = c.softcap;
     run(latte::sliding_window_forward, p, c.threads);
   }
   void backward() {
@@ -67,7 +69,8 @@ class Call {
     p.q = q.tensor(), p.k = k.tensor(), p.v = v.tensor(), p.key_mask = mask.tensor();
     p.log_sum = log_sum.tensor(), p.wide = wide.tensor(), p.dy = dy.tensor();
     p.dq = dq.tensor(), p.dk = dk.tensor(), p.dv = dv.tensor();
-    p.window = c.window, p.past = c.past, p.causal = c.causal, p.scale = kScale;
+    p.window = c.window, p.past = c.past, p.causal = c.causal, p.scale = kScale,
+    p.softcap = c.softcap;
     run(latte::sliding_window_backward, p, c.threads);
   }
 
@@ -82,7 +85,7 @@ class Call {
         for (int64_t t = 0; t < c.tokens; ++t) {
           const int64_t row = (b * c.heads + h) * c.tokens + t;
           const int64_t head = (b * c.kv_heads + h / group) * keys;
-          Vector w(keys);
+          Vector w(keys), slope_of_cap(keys);
           double top = -INFINITY, sum = 0;
           const auto seen = [&](int64_t s) {
             const int64_t distance = c.past + t - s;
@@ -92,6 +95,8 @@ class Call {
           for (int64_t s = 0; s < keys; ++s) {
             for (int64_t i = 0; i < c.key_dim; ++i)
               w[s] += kScale * q.get(row * c.key_dim + i) * k.get((head + s) * c.key_dim + i);
+            if (c.softcap > 0) w[s] = c.softcap * std::tanh(w[s] / c.softcap);
+            slope_of_cap[s] = c.softcap > 0 ? 1 - w[s] * w[s] / (c.softcap * c.softcap) : 1;
             if (seen(s)) top = std::fmax(top, w[s]);
           }
           for (int64_t s = 0; s < keys; ++s) sum += w[s] = seen(s) ? std::exp(w[s] - top) : 0;
@@ -108,7 +113,7 @@ class Call {
           }
           for (int64_t s = 0; s < keys; ++s)
             for (int64_t i = 0; i < c.key_dim; ++i) {
-              const double ds = kScale * w[s] * (slope[s] - along);
+              const double ds = kScale * w[s] * (slope[s] - along) * slope_of_cap[s];
               edq[row * c.key_dim + i] += ds * k.get((head + s) * c.key_dim + i);
               edk[(head + s) * c.key_dim + i] += ds * q.get(row * c.key_dim + i);
             }
@@ -170,6 +175,17 @@ TEST(Window, MasksPastsAndLayouts) {
         Case c;
         c.past = past, c.causal = causal, c.masked = true, c.layout = layout, c.threads = 2;
         SCOPED_TRACE(testing::Message() << "past=" << past << " layout=" << int(layout));
+        Call(c).check();
+      }
+}
+
+TEST(Window, CapsLogits) {
+  for (const DType type : kTypes)
+    for (const bool causal : {true, false})
+      for (const double softcap : {1e-2, 0.5, 30.0}) {
+        Case c;
+        c.softcap = softcap, c.causal = causal, c.masked = true, c.past = 9, c.type = type;
+        SCOPED_TRACE(testing::Message() << name_of(type) << " softcap=" << softcap);
         Call(c).check();
       }
 }
@@ -247,6 +263,12 @@ TEST(Window, RejectsByName) {
   auto bad = p;
   bad.window = 0;
   EXPECT_EQ(message(bad), "[sliding_window_attention] window is 0, expected at least 1");
+  for (const double softcap : {-1.0, std::nan(""), HUGE_VAL}) {
+    bad = p;
+    bad.softcap = softcap;
+    EXPECT_EQ(message(bad), "[sliding_window_attention] softcap is " + std::to_string(softcap) +
+                                ", expected a positive finite number, or 0 for none");
+  }
   bad = p;
   bad.past = 1;
   EXPECT_EQ(message(bad),

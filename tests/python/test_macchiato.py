@@ -161,6 +161,19 @@ def test_pieces_with_values_for_the_latents(window: int, latent_heads: int) -> N
         torch.testing.assert_close(y, whole[:, :, t])
 
 
+@CAUSAL
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_softcap(dtype: torch.dtype, causal: bool) -> None:
+    inputs = macchiato_inputs(latents=5, dtype=dtype)
+    check(macchiato_attention, *inputs, window=9, causal=causal, softcap=0.7)
+    whole = macchiato_attention(*inputs, window=9, softcap=0.7)
+    assert not torch.equal(whole, macchiato_attention(*inputs, window=9))
+    head, row = [x[:, :, :20] for x in inputs], [x[:, :, 20] for x in inputs]
+    _, state = macchiato_attention(*head, window=9, softcap=0.7, return_state=True)
+    y = macchiato_attention_step(*row, state, softcap=0.7)
+    torch.testing.assert_close(y, whole[:, :, 20])
+
+
 def test_infinite_gates() -> None:
     """Columns, and whole rows, of -inf: probabilities of exactly zero, in gradients too."""
     inputs = macchiato_inputs(latents=4, latent_heads=4, dtype=torch.float32)
@@ -264,6 +277,7 @@ def bad_calls() -> Iterator[tuple[str, dict[str, object], type[Exception], str]]
     yield "int", {"q_latent": q_latent.int()}, TypeError, r"q_latent has dtype torch.int32"
     yield "v_latent", {"v_latent": q[:, :2]}, ValueError, r"v_latent has shape .*, expected"
     yield "v_latent_type", {"v_latent": 1}, TypeError, r"v_latent is a int, expected a torch.Tensor"
+    yield "softcap", {"softcap": 0.0}, ValueError, r"softcap is 0.0, expected a positive finite"
     yield "window", {"window": -1}, ValueError, r"window is -1, expected at least 0"
     yield "state", {"state": 3}, TypeError, r"state is a int, expected a MacchiatoState"
     yield "no_ring", {"state": MacchiatoState(None, None)}, TypeError, r"state.latent is a NoneType"
@@ -292,7 +306,7 @@ def test_opcheck(requires_grad: bool, dtype: torch.dtype) -> None:
     q_latent, k_latent, q, k, v = tensors
     mask = random_mask(2, 23)
     gated = (q_latent, k_latent, None, q, k, v, mask, mask, None, None, None, None)
-    scalars = (4, 0, True, 0.5, 1.0)
+    scalars = (4, 0, True, 0.5, 0.0, 1.0)
     torch.library.opcheck(OPS.macchiato_attention.default, (*gated, *scalars, requires_grad))
     if requires_grad:
         return
@@ -307,7 +321,7 @@ def test_opcheck(requires_grad: bool, dtype: torch.dtype) -> None:
         OPS.macchiato_attention_step.default,
         (
             q_latent[:, :, 0], k_latent[:, :, 0], None, *rows, *state, *cache,
-            None, None, None, None, 0.5, 1.0,
+            None, None, None, None, 0.5, 2.0, 1.0,
         ),
     )  # fmt: skip
 

@@ -144,6 +144,36 @@ def test_gradcheck(causal: bool) -> None:
 
     assert torch.autograd.gradcheck(window, inputs)
 
+    def capped(*args: Tensor) -> Tensor:
+        return sliding_window_attention(*args, window=3, causal=causal, key_mask=mask, softcap=0.8)
+
+    assert torch.autograd.gradcheck(capped, inputs)
+
+
+@CAUSAL
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("softcap", [0.1, 0.7, 50.0, 1e4])
+def test_softcap(softcap: float, dtype: torch.dtype, causal: bool) -> None:
+    q, k, v = attention_inputs(heads=6, kv_heads=3, tokens=131, dtype=dtype)
+    mask = random_mask(2, 131)
+    check(
+        sliding_window_attention, 3 * q, k, v, window=20, causal=causal, key_mask=mask,
+        softcap=softcap,
+    )  # fmt: skip
+
+
+def test_softcap_bounds_logits() -> None:
+    """Infinite logits become +-softcap; NaN stays."""
+    q, k, v = (torch.ones(1, 1, 3, 1) for _ in range(3))
+    k[0, 0, :, 0] = torch.tensor([torch.inf, -torch.inf, torch.inf])
+    v[0, 0, :, 0] = torch.tensor([0.0, 1.0, 0.0])
+    y = sliding_window_attention(q, k, v, window=3, softcap=2.0)
+    p = torch.tensor([1.0, math.exp(-4)])
+    torch.testing.assert_close(y[0, 0, 1, 0], p[1] / p.sum())
+    k[0, 0, 1] = torch.nan
+    y = sliding_window_attention(q, k, v, window=3, softcap=2.0)
+    assert y.flatten().isnan().tolist() == [False, True, True]
+
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["batch", "packed"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -160,13 +190,19 @@ def test_sinks_against_the_reference(dtype: torch.dtype, is_packed: bool) -> Non
             sinks = WindowSinks(q_sink, k_sink, v_sink, position)
             return sliding_window_attention(*rest, sinks=sinks, **options)  # type: ignore[arg-type,call-overload,no-any-return]
 
-        check_sinks(attention, (q.sin(), k_sink, v_sink, q, k, v), borders)
+        for softcap in (None, 0.5):
+            check_sinks(attention, (q.sin(), k_sink, v_sink, q, k, v), borders, softcap)
 
 
-def check_sinks(attention: Attention, inputs: tuple[Tensor, ...], borders: Tensor | None) -> None:
+def check_sinks(
+    attention: Attention,
+    inputs: tuple[Tensor, ...],
+    borders: Tensor | None,
+    softcap: float | None,
+) -> None:
     q, v = inputs[3], inputs[5]
     dy = normal(*q.shape[:3], v.shape[3], dtype=v.dtype)
-    options = {"window": 6, "cu_seqlens": borders}
+    options = {"window": 6, "cu_seqlens": borders, "softcap": softcap}
     got = solve(attention, inputs, dy, **options)
     doubles = tuple(x.double() for x in inputs)
     want = solve(attention, doubles, dy.double(), backend="reference", **options)
@@ -217,19 +253,23 @@ def test_large_logits() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (4, 2), (6, 1)], ids=str)
 def test_step_is_one_more_token(heads: tuple[int, int], dtype: torch.dtype) -> None:
-    """Around the ring, at positions of their own, with and without sinks."""
+    """Around the ring, at positions of their own, with and without sinks and a cap."""
     q, k, v = attention_inputs(2, *heads, 90, 33, 16, dtype=dtype)
     position = torch.tensor([[0, 1, 2], [0, 1, 1000]])
     k_sink, v_sink = k[:, :, :3].clone(), v[:, :, :3].clone()
     empty = WindowCache.empty(2, heads[1], 70, 33, 16, dtype=dtype)
     empty.position[1] = 200
-    for sunk in (False, True):
+    for sunk, softcap in ((False, None), (True, None), (True, 1.5)):
         sinks = WindowSinks(q, k_sink, v_sink, position) if sunk else None
-        want = sliding_window_attention(q, k, v, window=70, cache=empty, sinks=sinks)
+        want = sliding_window_attention(
+            q, k, v, window=70, cache=empty, sinks=sinks, softcap=softcap
+        )
         cache = empty.clone()
         for t in range(90):
             part = sinks._replace(q=q[:, :, t]) if sinks else None
-            y = sliding_window_attention_step(q[:, :, t], k[:, :, t], v[:, :, t], cache, sinks=part)
+            y = sliding_window_attention_step(
+                q[:, :, t], k[:, :, t], v[:, :, t], cache, sinks=part, softcap=softcap
+            )
             tolerance = 1e-12 if dtype == torch.float64 else 4e-6
             assert_close(
                 y,
@@ -280,6 +320,14 @@ def bad_calls() -> Iterator[tuple[str, dict[str, object], type[Exception], str]]
     )
     yield "double", {"v": v.double()}, TypeError, r"expected float64 for all three or for none"
     yield "scale", {"scale": math.inf}, ValueError, r"scale is inf, expected a finite number"
+    for softcap in (0, -1.0, math.inf, math.nan):
+        yield (
+            f"softcap_{softcap}",
+            {"softcap": softcap},
+            ValueError,
+            r"softcap is .*, expected a pos",
+        )
+    yield "softcap_type", {"softcap": "1"}, TypeError, r"softcap is a str, expected a float"
     yield "mask", {"key_mask": torch.ones(2, 5).bool()}, ValueError, r"key_mask has shape"
     yield "borders", {"cu_seqlens": torch.tensor([0, 23])}, ValueError, r"q has batch 2, expected 1"
     cache = WindowCache.empty(2, 2, 4, 5, 6)
@@ -312,7 +360,7 @@ def test_bad_input(
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool, dtype: torch.dtype) -> None:
     q, k, v = (x.requires_grad_(requires_grad) for x in attention_inputs(dtype=dtype))
-    arguments = (q, k, v, random_mask(2, 23), None, 4, 0, True, 0.5, requires_grad)
+    arguments = (q, k, v, random_mask(2, 23), None, 4, 0, True, 0.5, 0.0, requires_grad)
     torch.library.opcheck(OPS.sliding_window_attention.default, arguments)
     if requires_grad:
         return
@@ -324,7 +372,7 @@ def test_opcheck(requires_grad: bool, dtype: torch.dtype) -> None:
     cache = WindowCache.empty(2, 2, 4, 5, 6, dtype=dtype).tensors()
     rows = [x[:, :, 0] for x in (q, k, v)]
     torch.library.opcheck(
-        OPS.sliding_window_attention_step.default, (*rows, *cache, None, None, None, None, 0.5)
+        OPS.sliding_window_attention_step.default, (*rows, *cache, None, None, None, None, 0.5, 2.0)
     )
 
 

@@ -164,7 +164,8 @@ struct SlidingWindowForward {
   Tensor wide;        // optional (B,H,T,D) compute type: y unrounded
   int64_t window = 1, past = 0;
   bool causal = true;
-  double scale = 1.0;  // multiplies q . k
+  double scale = 1.0;    // multiplies q . k
+  double softcap = 0.0;  // not 0: logits become softcap tanh(scale q . k / softcap)
 };
 
 // Vector-Jacobian product of SlidingWindowForward, whose log_sum and unrounded y it takes.
@@ -176,7 +177,7 @@ struct SlidingWindowBackward {
   Tensor dq, dk, dv;                     // shapes of q, k, v
   int64_t window = 1, past = 0;
   bool causal = true;
-  double scale = 1.0;
+  double scale = 1.0, softcap = 0.0;
 };
 
 // The last W keys and values of N sequences: token s of a sequence lies in slot s % W.
@@ -198,7 +199,7 @@ struct SlidingWindowStep {
   Tensor q_sink, k_sink, v_sink;  // (N,H,Dk), (N,Hk,n,Dk), (N,Hk,n,D)
   Tensor sink_position;           // (N,n) int64
   Tensor y;                       // (N,H,D)
-  double scale = 1.0;
+  double scale = 1.0, softcap = 0.0;
 };
 
 // A window and latents in one probability (Latte Macchiato): with p the softmax of q_latent,

@@ -110,6 +110,12 @@ class Checker : public BaseChecker {
     if (!(scale - scale == 0))
       fail(Kind::value, "scale is " + std::to_string(scale) + ", expected a finite number");
   }
+
+  void softcap(double softcap) const {
+    if (!(softcap >= 0 && softcap - softcap == 0))
+      fail(Kind::value, "softcap is " + std::to_string(softcap) +
+                            ", expected a positive finite number, or 0 for none");
+  }
 };
 
 bool any_state(const State& s) { return present(s.max) || present(s.norm) || present(s.mean); }
@@ -269,6 +275,7 @@ WindowProblem validate_window_inputs(const Checker& check, const Params& p) {
               "(batch, key/value heads, keys, channels) of q and k");
   problem.is_double = check.compute_type(p.q, p.k, p.v);
   check.finite_scale(p.scale);
+  check.softcap(p.softcap);
   if (present(p.key_mask)) {
     check.dtype("key_mask", p.key_mask, {DType::boolean});
     check.shape("key_mask", p.key_mask, {problem.batch, problem.keys}, "(batch, keys)");
@@ -340,6 +347,7 @@ WindowProblem validate_step(const Checker& check, const SlidingWindowStep& p) {
               "(sequences, key/value heads, channels) of q and k");
   problem.is_double = check.compute_type(p.q, p.k, p.v);
   check.finite_scale(p.scale);
+  check.softcap(p.softcap);
   check.shape("y", p.y, {problem.batch, problem.heads, problem.dim},
               "(sequences, heads, channels)");
   check.dtype("y", p.y, {p.v.dtype});

@@ -255,6 +255,17 @@ LATTE_INLINE void key_products(const Band& band, int64_t index, int64_t first, C
   }
 }
 
+// Logits to softcap tanh(logit / softcap): rows [begin, end) of a pair of query vectors.
+template <class T>
+LATTE_INLINE void cap(int64_t begin, int64_t end, T softcap, T* logits) {
+  const Vec<T> bound = splat(softcap), inverse = splat(1 / softcap);
+  for (int64_t r = begin; r < end; ++r)
+    for (int64_t c = 0; c < kPair<T>; c += kLanes<T>) {
+      T* const p = logits + r * kQ + c;
+      store(p, bound * tanh(load(p) * inverse));
+    }
+}
+
 // Logits out of the band, and of hidden keys, become -inf. Rows [begin, end) of block `index`, the
 // pair of query vectors that begins with query `first`.
 template <class T>
@@ -343,6 +354,7 @@ class WindowForward {
       T* const logits = weights_ + q;
       key_products(band_, index, first + q, {begin, end}, key_width_, task_.key_dim, block.k,
                    queries_ + q * key_width_, logits, prefetch_);
+      if (task_.softcap > 0) cap(begin, end, T(task_.softcap), logits);
       hide(band_, block, index, first + q, begin, end, logits);
       weigh(begin, end, q);
     }

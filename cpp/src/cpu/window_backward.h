@@ -4,6 +4,8 @@
 //   dv_s = sum_t w_ts dy_t    ds_ts = w_ts (v_s . dy_t - dy_t . y_t)    dq_t = sum_s ds_ts k_s
 //   dk_s = sum_t ds_ts q_t
 //
+// and a soft cap's slope 1 - (capped logit / softcap)^2 in ds.
+//
 // Blocks of queries in order, each against the blocks of keys that it sees; dk and dv stay with
 // their block until the queries have left it behind. A sequence is cut by computing, for the
 // queries beyond a cut, the part of dk and dv before it: sums keep their order, so that the cuts
@@ -130,8 +132,9 @@ class WindowBackward {
                    q_panels_ + q * key_width_, weights_ + q, prefetch_);
       key_products(band_, index, first + q, {begin, end}, value_width_, task_.dim, block.v,
                    dy_panels_ + q * value_width_, slopes_ + q, prefetch_);
+      if (task_.softcap > 0) cap(begin, end, T(task_.softcap), weights_ + q);
       hide(band_, block, index, first + q, begin, end, weights_ + q);
-      weigh(begin, end, q);
+      task_.softcap > 0 ? weigh<true>(begin, end, q) : weigh<false>(begin, end, q);
       all = {begin < all.begin ? begin : all.begin, end > all.end ? end : all.end};
     }
     if (own_keys) {
@@ -161,8 +164,10 @@ class WindowBackward {
   }
 
   // weights_: logits to w; slopes_: v . dy to ds.
+  template <bool kCapped>
   void weigh(int64_t begin, int64_t end, int64_t q) {
     constexpr int64_t lanes = kLanes<T>;
+    const Vec<T> lowest = splat(T(-task_.softcap)), inverse = splat(T(1 / task_.softcap));
     Vec<T> log_sum[2], delta[2];
     for (int j = 0; j < 2; ++j) {
       log_sum[j] = load(log_sum_ + q + j * lanes);
@@ -171,9 +176,15 @@ class WindowBackward {
     for (int64_t r = begin; r < end; ++r)
       for (int j = 0; j < 2; ++j) {
         T *const w = weights_ + r * kQ + q + j * lanes, *const s = slopes_ + r * kQ + q + j * lanes;
-        const Vec<T> weight = exp(load(w) - log_sum[j]);
+        const Vec<T> logit = load(w), weight = exp(logit - log_sum[j]);
+        Vec<T> slope = weight * (load(s) - delta[j]);
+        if constexpr (kCapped) {
+          // A hidden key's -inf would make 0 * inf of its weight.
+          const Vec<T> share = max(lowest, logit) * inverse;
+          slope *= 1 - share * share;
+        }
         store(w, weight);
-        store(s, weight * (load(s) - delta[j]));
+        store(s, slope);
       }
   }
 

@@ -90,6 +90,7 @@ class Stage {
     task.window = window_;
     task.causal = p_.causal;
     task.scale = p_.scale;
+    task.softcap = p_.softcap;
     task.latents = problem_.latents;
     return task;
   }
@@ -227,6 +228,7 @@ class WindowStepCall {
     task.sinks = problem_.sinks;
     task.latents = problem_.latents;
     task.scale = p_.scale;
+    task.softcap = p_.softcap;
     return task;
   }
 

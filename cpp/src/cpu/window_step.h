@@ -129,6 +129,9 @@ inline void window_step(const WindowStepTask& task, Arena arena) {
 
   for (int64_t g = 0; g < task.group; ++g) {
     T* const logits = s.logits + g * s.slots;
+    const T softcap = T(task.softcap);
+    for (int64_t i = 0; softcap > 0 && i < all; i += kLanes<T>)
+      store(logits + i, softcap * tanh(load(logits + i) / softcap));
     for (int64_t i = 0; i < behind; ++i)
       if (i >= used || !task.valid[i * task.valid_stride]) logits[i] = kAbsentLogit<T>;
     for (int64_t i = behind; i < all; ++i) {

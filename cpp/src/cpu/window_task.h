@@ -15,6 +15,7 @@ struct WindowTask {
   int64_t window = 1;
   bool causal = true;
   double scale = 1.0;
+  double softcap = 0.0;  // 0: none
   Rows q, k, v, y;
   const bool* key_mask = nullptr;
   int64_t key_mask_stride = 0;
@@ -41,7 +42,7 @@ struct WindowTask {
 struct WindowStepTask {
   int64_t window = 1, key_dim = 0, dim = 0, group = 1, sinks = 0, latents = 0;
   int64_t position = 0;  // of the token
-  double scale = 1.0, gate_scale = 1.0;
+  double scale = 1.0, softcap = 0.0, gate_scale = 1.0;
   Rows q, k, v, y, k_ring, v_ring;
   const bool* valid = nullptr;
   int64_t valid_stride = 0;

@@ -44,13 +44,13 @@ class Problem:
     def forward(self, threads: int) -> None:
         _core.sliding_window_forward(
             self.q, self.k, self.v, None, None, self.y, self.log_sum, None, self.window, 0, True,
-            WIDTH**-0.5, threads,
+            WIDTH**-0.5, 0.0, threads,
         )  # fmt: skip
 
     def backward(self, threads: int) -> None:
         _core.sliding_window_backward(
             self.q, self.k, self.v, None, None, self.log_sum, self.y, self.dy, None, self.dq,
-            self.dk, self.dv, self.window, 0, True, WIDTH**-0.5, threads,
+            self.dk, self.dv, self.window, 0, True, WIDTH**-0.5, 0.0, threads,
         )  # fmt: skip
 
     def operations(self, name: str) -> float:
