@@ -41,6 +41,7 @@ def rotate(
     position: Tensor,
     *,
     base: float = 10000.0,
+    rates: Tensor | None = None,
     dim: int | None = None,
     interleaved: bool = False,
     inverse: bool = False,
@@ -80,7 +81,8 @@ def rotate(
     if dim == 0:
         return x
     # Angles in float64: at position 1,000,000 a float32 angle is off by 0.03.
-    rates = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=x.device) / dim)
+    if rates is None:
+        rates = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=x.device) / dim)
     angle = position.to(torch.float64).unsqueeze(-1) * rates
     angle = angle if angle.dim() == 2 else angle.unsqueeze(1)
     wide = torch.promote_types(x.dtype, torch.float32)
