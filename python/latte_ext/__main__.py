@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m latte_ext info | selftest | demo | bench`."""
+"""`python -m latte_ext info | selftest | demo | bench | extend`."""
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import platform
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -33,12 +36,27 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("selftest", help="prove this installation in a few seconds")
     demo.add_arguments(commands.add_parser("demo", help="train, sample and time a language model"))
     bench.add_arguments(commands.add_parser("bench", help="measure against peak and peers"))
+    extend = commands.add_parser("extend", help="longer context for a pretrained model")
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["extend"]:
+        _extension().add_arguments(extend)
     args = parser.parse_args(argv)
-    if args.command == "info":
-        return info()
-    if args.command == "selftest":
-        return selftest.main()
-    return demo.run(args) if args.command == "demo" else bench.run(args)
+    run: dict[str, Callable[[argparse.Namespace], int]] = {
+        "info": lambda _: info(),
+        "selftest": lambda _: selftest.main(),
+        "demo": demo.run,
+        "bench": bench.run,
+        "extend": lambda args: int(_extension().run(args)),
+    }
+    return run[args.command](args)
+
+
+def _extension() -> Any:
+    """latte_ext.hf.extend, which takes seconds to import, as transformers does."""
+    try:
+        return importlib.import_module("latte_ext.hf.extend")
+    except ImportError as error:
+        raise SystemExit(f"[extend] {error}, expected `pip install latte-ext[hf]`") from error
 
 
 if __name__ == "__main__":

@@ -7,6 +7,15 @@ Needs transformers (`pip install latte-ext[hf]`). Importing it teaches transform
 
 from .cache import LatteCache
 from .convert import convert, load_adapter, save_adapter
+from .layerwise import suggest_layers, window_errors
 from .settings import LatteSettings
 
-__all__ = ["LatteCache", "LatteSettings", "convert", "load_adapter", "save_adapter"]
+__all__ = [
+    "LatteCache",
+    "LatteSettings",
+    "convert",
+    "load_adapter",
+    "save_adapter",
+    "suggest_layers",
+    "window_errors",
+]

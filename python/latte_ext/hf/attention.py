@@ -126,7 +126,8 @@ def attend(
         )
     rows, packed = _rows(latte_given, query, key, value, attention_mask, kwargs)
     layer = _layer_of(module, latte_given.cache)
-    kernel = _Kernel(module, scaling, softcap)
+    branch = module.latte if module.latte_plan.latents else None
+    kernel = Kernel(module.latte_plan, branch, scaling, softcap)
     y = kernel(rows) if layer is None else _with_cache(kernel, rows, layer)
     y = y.transpose(1, 2)
     return (y.unflatten(1, packed).squeeze(0) if packed else y), None
@@ -182,14 +183,13 @@ def _layer_of(module: ConvertedAttention, cache: Any) -> LatteLayer | None:
     return layer
 
 
-class _Kernel:
-    """The operators of one layer, with its weights."""
+class Kernel:
+    """The operators of one layer, with the weights of its latents, if it has any."""
 
     def __init__(
-        self, module: ConvertedAttention, scale: float | None, softcap: float | None
+        self, plan: Plan, branch: LatentBranch | None, scale: float | None, softcap: float | None
     ) -> None:
-        self.plan = module.latte_plan
-        self.branch = module.latte if self.plan.latents else None
+        self.plan, self.branch = plan, branch
         self.options: dict[str, Any] = {"scale": scale, "softcap": softcap}
 
     def __call__(self, rows: Rows) -> Tensor:
@@ -314,7 +314,7 @@ class _Kernel:
         return tuple(self.plan.rotation.turn(x, -rows.position) for x in (rows.q, rows.k))  # type: ignore[return-value]
 
 
-def _with_cache(kernel: _Kernel, rows: Rows, layer: LatteLayer) -> Tensor:
+def _with_cache(kernel: Kernel, rows: Rows, layer: LatteLayer) -> Tensor:
     before = layer.past
     past = kernel.empty(rows) if before is None else before
     tokens = rows.q.shape[2]

@@ -91,11 +91,11 @@ def convert(model: PreTrainedModel, **options: Any) -> Any:
             "an encoder"
         )
     layers = attention_layers(model)
-    rotations = _probe(model, layers)
+    rotations = find_rotations(model, layers)
     causal = bool(getattr(layers[0], "is_causal", False))
     _check_rope(config, settings, rotations)
     known = [rotation for rotation in dict.fromkeys(rotations) if rotation is not None]
-    full = [i for i, layer in enumerate(layers) if _own_window(layer) is None]
+    full = [i for i, layer in enumerate(layers) if own_window(layer) is None]
     chosen = full if settings.layers is None else sorted(set(settings.layers))
     for index in chosen:
         if index not in full:
@@ -108,6 +108,7 @@ def convert(model: PreTrainedModel, **options: Any) -> Any:
     latte = {
         **values,
         "base": config.model_type,
+        "implementation": config._attn_implementation or "sdpa",
         "causal": causal,
         "rotations": [rotation.to_dict() for rotation in known],
         "layer_rotations": [None if r is None else known.index(r) for r in rotations],
@@ -143,7 +144,7 @@ def install(model: PreTrainedModel, *, device: torch.device | None) -> None:
     for index, layer in enumerate(attention_layers(model)):
         layer.__class__ = derive(ConvertedAttention, type(layer))
         which = latte["layer_rotations"][index]
-        own = _own_window(layer)
+        own = own_window(layer)
         layer.latte_plan = Plan(
             window=settings.window if own is None else own,
             sinks=settings.sinks if own is None else 0,
@@ -273,7 +274,7 @@ def check_converted(op: str, model: Any) -> None:
         )
 
 
-def _own_window(layer: Any) -> int | None:
+def own_window(layer: Any) -> int | None:
     window = getattr(layer, "sliding_window", None)
     return None if window is None else int(window)
 
@@ -313,7 +314,7 @@ class _Seen(Exception):
     """Carries the query of a layer out of it."""
 
 
-def _probe(model: Any, layers: list[ConvertedAttention]) -> list[Rotation | None]:
+def find_rotations(model: Any, layers: list[ConvertedAttention]) -> list[Rotation | None]:
     """The rotation of each layer, from the queries that it makes at positions 0 and 1."""
     from transformers import AttentionInterface
 

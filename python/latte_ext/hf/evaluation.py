@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .attention import IMPLEMENTATION
 from .convert import attention_layers, cache_name, check_converted
 
 
@@ -21,26 +20,27 @@ from .convert import attention_layers, cache_name, check_converted
 def full_attention(model: Any) -> Iterator[None]:
     """The pretrained model: full attention, nothing of what the conversion added."""
     check_converted("full_attention", model)
-    model.config._attn_implementation = "sdpa"
+    with implementation(model, model.config.latte["implementation"]):
+        yield
+
+
+@contextmanager
+def implementation(model: Any, name: str) -> Iterator[None]:
+    """Another attention implementation for a while."""
+    before = model.config._attn_implementation
+    model.config._attn_implementation = name
     try:
         yield
     finally:
-        model.config._attn_implementation = IMPLEMENTATION
+        model.config._attn_implementation = before
 
 
 @contextmanager
 def without_latents(model: Any) -> Iterator[None]:
     """Window and sinks alone, with the pretrained weights."""
     check_converted("without_latents", model)
-    layers = attention_layers(model)
-    plans = [layer.latte_plan for layer in layers]
-    for layer in layers:
-        layer.latte_plan = replace(layer.latte_plan, latents=False)
-    try:
+    with _planned(model, latents=False):
         yield
-    finally:
-        for layer, plan in zip(layers, plans, strict=True):
-            layer.latte_plan = plan
 
 
 @contextmanager
@@ -48,10 +48,16 @@ def forgetful_latents(model: Any, every: int) -> Iterator[None]:
     """The same weights with latents that forget all, every so many tokens: what is lost then is
     what they knew from further back. For one sequence at a time, without a cache."""
     check_converted("forgetful_latents", model)
+    with _planned(model, reset=every):
+        yield
+
+
+@contextmanager
+def _planned(model: Any, **changes: Any) -> Iterator[None]:
     layers = attention_layers(model)
     plans = [layer.latte_plan for layer in layers]
-    for layer in layers:
-        layer.latte_plan = replace(layer.latte_plan, reset=every)
+    for layer, plan in zip(layers, plans, strict=True):
+        layer.latte_plan = replace(plan, **changes)
     try:
         yield
     finally:

@@ -7,16 +7,16 @@ Notation: B batch, T tokens, V vocabulary.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from .convert import check_converted
 from .evaluation import full_attention
+from .layerwise import warm_start_loss
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class Recipe:
         tokens: T of each text. batch: texts per step.
         rate: the highest learning rate (AdamW), after `warmup` steps; then a cosine down to
             rate * floor.
+        layerwise: of the steps, how many are a warm start: each layer learns the output of full
+            attention on the pretrained model's own input. Cheaper than the others.
         teacher: weight of KL(full attention || converted), by token over all of V; the next-token
             loss has the rest. Only as far as the pretrained model was trained for T tokens.
         clip: of the gradient's norm.
@@ -38,10 +40,11 @@ class Recipe:
     steps: int = 100
     tokens: int = 2048
     batch: int = 1
-    rate: float = 1.5e-3
+    rate: float = 5e-3
     warmup: int = 10
     floor: float = 0.1
-    teacher: float = 0.5
+    layerwise: int = 0
+    teacher: float = 0.0
     clip: float = 1.0
     seed: int = 0
     checkpoint: bool = False
@@ -61,29 +64,28 @@ class Training:
         model: a converted one; its `latte_parameters()` are trained.
         texts: (M,) token ids of the texts, one after the other.
         recipe: see `Recipe`.
-        average: called with the gradients of the parameters before each step, for several
-            processes; None: there is one.
+
+    In a process group (torchrun) each process takes its part of `recipe.batch` texts per process,
+    and gradients are averaged; all start from the weights of process 0.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        texts: Tensor,
-        recipe: Recipe,
-        *,
-        average: Callable[[list[Tensor]], None] | None = None,
-    ) -> None:
+    def __init__(self, model: Any, texts: Tensor, recipe: Recipe) -> None:
         check_converted("Training", model)
         if texts.shape[0] <= recipe.tokens:
             raise ValueError(
                 f"[Training] texts has {texts.shape[0]} tokens, expected more than tokens="
                 f"{recipe.tokens}"
             )
-        self.model, self.texts, self.recipe, self.average = model, texts, recipe, average
+        self.model, self.texts, self.recipe = model, texts, recipe
         self.parameters = list(model.latte_parameters())
         self.optimizer = torch.optim.AdamW(self.parameters, betas=(0.9, 0.99), weight_decay=0.0)
         self.generator = torch.Generator().manual_seed(recipe.seed)
         self.step_index, self.losses = 0, list[float]()
+        self.rank, self.processes = 0, 1
+        if distributed.is_available() and distributed.is_initialized():
+            self.rank, self.processes = distributed.get_rank(), distributed.get_world_size()
+            for parameter in self.parameters:
+                distributed.broadcast(parameter.data, 0)
         if recipe.checkpoint:
             # Its name before transformers 5.20.
             old = model.gradient_checkpointing_enable
@@ -94,25 +96,32 @@ class Training:
         return self.step_index >= self.recipe.steps
 
     def step(self) -> float:
-        """One step; the next-token loss of its texts."""
+        """One step; the next-token loss of its texts, in a warm start the layers' error."""
         recipe = self.recipe
         for group in self.optimizer.param_groups:
             group["lr"] = recipe.rate_at(self.step_index)
         self.model.train()
         last = self.texts.shape[0] - recipe.tokens
-        starts = torch.randint(last, (recipe.batch,), generator=self.generator)
-        ids = torch.stack([self.texts[i : i + recipe.tokens + 1] for i in starts.tolist()])
-        loss, next_token = _losses(self.model, ids.to(self.model.device), recipe.teacher)
+        # All processes draw the same numbers and take their own.
+        starts = torch.randint(last, (self.processes, recipe.batch), generator=self.generator)
+        texts = [self.texts[i : i + recipe.tokens + 1] for i in starts[self.rank].tolist()]
+        ids = torch.stack(texts).to(self.model.device)
+        if self.step_index < recipe.layerwise:
+            loss = warm_start_loss(self.model, ids[:, :-1])
+            shown = float(loss.detach())
+        else:
+            loss, shown = losses_of(self.model, ids, recipe.teacher)
         loss.backward()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.average is not None:
-            self.average(gradients)
+        for parameter in self.parameters:
+            if self.processes > 1 and parameter.grad is not None:
+                distributed.all_reduce(parameter.grad)
+                parameter.grad /= self.processes
         torch.nn.utils.clip_grad_norm_(self.parameters, recipe.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step_index += 1
-        self.losses.append(next_token)
-        return next_token
+        self.losses.append(shown)
+        return shown
 
     def save(self, path: str | PathLike[str]) -> None:
         """Everything that `load` needs to go on."""
@@ -147,7 +156,7 @@ class Training:
         self.step_index = len(self.losses)
 
 
-def _losses(model: Any, ids: Tensor, teacher: float) -> tuple[Tensor, float]:
+def losses_of(model: Any, ids: Tensor, teacher: float) -> tuple[Tensor, float]:
     """The loss to train with, and the next-token loss, for texts (B,T+1)."""
     inputs, targets = ids[:, :-1], ids[:, 1:].flatten()
     guide = None
