@@ -12,14 +12,20 @@ namespace {
 using Object = const py::object&;
 
 SlidingWindowForward window_inputs(Object q, Object k, Object v, Object key_mask, Object cu_seqlens,
-                                   int64_t window, int64_t past, bool causal, double scale,
-                                   double softcap, bool read = true) {
+                                   Object q_sink, Object k_sink, Object v_sink,
+                                   Object sink_position, Object start, int64_t window, int64_t past,
+                                   bool causal, double scale, double softcap, bool read = true) {
   SlidingWindowForward p;
   p.q = tensor_from_torch(q, read);
   p.k = tensor_from_torch(k, read);
   p.v = tensor_from_torch(v, read);
   p.key_mask = tensor_from_torch(key_mask, read);
   p.cu_seqlens = tensor_from_torch(cu_seqlens);
+  p.q_sink = tensor_from_torch(q_sink, read);
+  p.k_sink = tensor_from_torch(k_sink, read);
+  p.v_sink = tensor_from_torch(v_sink, read);
+  p.sink_position = tensor_from_torch(sink_position, read);
+  p.start = tensor_from_torch(start);
   p.window = window;
   p.past = past;
   p.causal = causal;
@@ -30,13 +36,19 @@ SlidingWindowForward window_inputs(Object q, Object k, Object v, Object key_mask
 
 SlidingWindowBackward window_gradient(const SlidingWindowForward& inputs, Object log_sum,
                                       Object wide, Object dy, Object d_log_sum, Object dq,
-                                      Object dk, Object dv) {
+                                      Object dk, Object dv, Object dq_sink, Object dk_sink,
+                                      Object dv_sink) {
   SlidingWindowBackward p;
   p.q = inputs.q;
   p.k = inputs.k;
   p.v = inputs.v;
   p.key_mask = inputs.key_mask;
   p.cu_seqlens = inputs.cu_seqlens;
+  p.q_sink = inputs.q_sink;
+  p.k_sink = inputs.k_sink;
+  p.v_sink = inputs.v_sink;
+  p.sink_position = inputs.sink_position;
+  p.start = inputs.start;
   p.window = inputs.window;
   p.past = inputs.past;
   p.causal = inputs.causal;
@@ -49,6 +61,9 @@ SlidingWindowBackward window_gradient(const SlidingWindowForward& inputs, Object
   p.dq = tensor_from_torch(dq);
   p.dk = tensor_from_torch(dk);
   p.dv = tensor_from_torch(dv);
+  p.dq_sink = tensor_from_torch(dq_sink);
+  p.dk_sink = tensor_from_torch(dk_sink);
+  p.dv_sink = tensor_from_torch(dv_sink);
   return p;
 }
 
@@ -61,33 +76,38 @@ Tensor output_like(const Tensor& q, const Tensor& v, DType dtype) {
   return y;
 }
 
-void check(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, int64_t window,
-           int64_t past, bool causal, double scale, double softcap) {
+void check(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object q_sink,
+           Object k_sink, Object v_sink, Object sink_position, int64_t window, int64_t past,
+           bool causal, double scale, double softcap) {
   SlidingWindowForward p =
-      window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap, false);
+      window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position,
+                    py::none(), window, past, causal, scale, softcap, false);
   p.y = output_like(p.q, p.v, p.v.dtype);
   workspace_bytes(p, 1);
 }
 
-void forward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object y,
+void forward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object q_sink,
+             Object k_sink, Object v_sink, Object sink_position, Object start, Object y,
              Object log_sum, Object wide, int64_t window, int64_t past, bool causal, double scale,
              double softcap, int threads) {
   SlidingWindowForward p =
-      window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap);
+      window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position, start,
+                    window, past, causal, scale, softcap);
   p.y = tensor_from_torch(y);
   p.log_sum = tensor_from_torch(log_sum);
   p.wide = tensor_from_torch(wide);
   call(sliding_window_forward, p, threads);
 }
 
-void backward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object log_sum,
+void backward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object q_sink,
+              Object k_sink, Object v_sink, Object sink_position, Object start, Object log_sum,
               Object wide, Object dy, Object d_log_sum, Object dq, Object dk, Object dv,
-              int64_t window, int64_t past, bool causal, double scale, double softcap,
-              int threads) {
+              Object dq_sink, Object dk_sink, Object dv_sink, int64_t window, int64_t past,
+              bool causal, double scale, double softcap, int threads) {
   call(sliding_window_backward,
-       window_gradient(
-           window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap),
-           log_sum, wide, dy, d_log_sum, dq, dk, dv),
+       window_gradient(window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink,
+                                     sink_position, start, window, past, causal, scale, softcap),
+                       log_sum, wide, dy, d_log_sum, dq, dk, dv, dq_sink, dk_sink, dv_sink),
        threads);
 }
 
@@ -125,7 +145,8 @@ State state(Object max, Object norm, Object mean) {
 
 void gated_forward(Object q_latent, Object k_latent, Object v_latent, Object q, Object k, Object v,
                    Object latent_mask, Object key_mask, Object cu_seqlens, Object max, Object norm,
-                   Object mean, Object y, Object total, Object log_sum, Object wide,
+                   Object mean, Object q_sink, Object k_sink, Object v_sink, Object sink_position,
+                   Object start, Object y, Object total, Object log_sum, Object wide,
                    Object final_max, Object final_norm, Object final_mean, int64_t window,
                    int64_t past, bool causal, double scale, double softcap, double latent_scale,
                    int threads) {
@@ -138,7 +159,8 @@ void gated_forward(Object q_latent, Object k_latent, Object v_latent, Object q, 
   p.latent.y = tensor_from_torch(total);
   p.latent.final = state(final_max, final_norm, final_mean);
   p.latent.scale = latent_scale;
-  p.window = window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap);
+  p.window = window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position,
+                           start, window, past, causal, scale, softcap);
   p.window.y = tensor_from_torch(y);
   p.window.log_sum = tensor_from_torch(log_sum);
   p.window.wide = tensor_from_torch(wide);
@@ -147,11 +169,13 @@ void gated_forward(Object q_latent, Object k_latent, Object v_latent, Object q, 
 
 void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q, Object k, Object v,
                     Object latent_mask, Object key_mask, Object cu_seqlens, Object max, Object norm,
-                    Object mean, Object total, Object log_sum, Object wide, Object dy,
+                    Object mean, Object q_sink, Object k_sink, Object v_sink, Object sink_position,
+                    Object start, Object total, Object log_sum, Object wide, Object dy,
                     Object d_final_norm, Object d_final_mean, Object dq_latent, Object dk_latent,
-                    Object dv_latent, Object dq, Object dk, Object dv, Object d_norm, Object d_mean,
-                    bool one_value, int64_t window, int64_t past, bool causal, double scale,
-                    double softcap, double latent_scale, int threads) {
+                    Object dv_latent, Object dq, Object dk, Object dv, Object dq_sink,
+                    Object dk_sink, Object dv_sink, Object d_norm, Object d_mean, bool one_value,
+                    int64_t window, int64_t past, bool causal, double scale, double softcap,
+                    double latent_scale, int threads) {
   MacchiatoBackward p;
   p.one_value = one_value;
   p.q_latent = tensor_from_torch(q_latent);
@@ -166,9 +190,10 @@ void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q,
   p.latent.d_initial = state(py::none(), d_norm, d_mean);
   p.latent.scale = latent_scale;
   p.dq_latent = tensor_from_torch(dq_latent);
-  p.window = window_gradient(
-      window_inputs(q, k, v, key_mask, cu_seqlens, window, past, causal, scale, softcap), log_sum,
-      wide, dy, py::none(), dq, dk, dv);
+  p.window =
+      window_gradient(window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink,
+                                    sink_position, start, window, past, causal, scale, softcap),
+                      log_sum, wide, dy, py::none(), dq, dk, dv, dq_sink, dk_sink, dv_sink);
   call(macchiato_backward, p, threads);
 }
 
@@ -191,19 +216,23 @@ void gated_step(Object q_latent, Object k_latent, Object v_latent, Object q, Obj
 
 void define_window(py::module_& m) {
   m.def("sliding_window_check", &check, py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("window"), py::arg("past"),
+        py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("q_sink"), py::arg("k_sink"),
+        py::arg("v_sink"), py::arg("sink_position"), py::arg("window"), py::arg("past"),
         py::arg("causal"), py::arg("scale"), py::arg("softcap"),
         "Raises what sliding_window_forward would raise for these inputs.");
   m.def("sliding_window_forward", &forward, py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("y"), py::arg("log_sum"),
-        py::arg("wide"), py::arg("window"), py::arg("past"), py::arg("causal"), py::arg("scale"),
-        py::arg("softcap"), py::arg("threads"),
+        py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("q_sink"), py::arg("k_sink"),
+        py::arg("v_sink"), py::arg("sink_position"), py::arg("start"), py::arg("y"),
+        py::arg("log_sum"), py::arg("wide"), py::arg("window"), py::arg("past"), py::arg("causal"),
+        py::arg("scale"), py::arg("softcap"), py::arg("threads"),
         "Writes y, and log_sum and wide where they are not None.");
   m.def("sliding_window_backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"),
-        py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("log_sum"), py::arg("wide"),
-        py::arg("dy"), py::arg("d_log_sum"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+        py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("q_sink"), py::arg("k_sink"),
+        py::arg("v_sink"), py::arg("sink_position"), py::arg("start"), py::arg("log_sum"),
+        py::arg("wide"), py::arg("dy"), py::arg("d_log_sum"), py::arg("dq"), py::arg("dk"),
+        py::arg("dv"), py::arg("dq_sink"), py::arg("dk_sink"), py::arg("dv_sink"),
         py::arg("window"), py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),
-        py::arg("threads"), "Writes dq, dk and dv.");
+        py::arg("threads"), "Writes dq, dk and dv, and those of the sinks if there are any.");
   m.def("sliding_window_step", &step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("key"),
         py::arg("value"), py::arg("valid"), py::arg("position"), py::arg("q_sink"),
         py::arg("k_sink"), py::arg("v_sink"), py::arg("sink_position"), py::arg("y"),
@@ -212,17 +241,20 @@ void define_window(py::module_& m) {
   m.def("macchiato_forward", &gated_forward, py::arg("q_latent"), py::arg("k_latent"),
         py::arg("v_latent"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("latent_mask"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
-        py::arg("mean"), py::arg("y"), py::arg("total"), py::arg("log_sum"), py::arg("wide"),
-        py::arg("final_max"), py::arg("final_norm"), py::arg("final_mean"), py::arg("window"),
-        py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),
-        py::arg("latent_scale"), py::arg("threads"),
+        py::arg("mean"), py::arg("q_sink"), py::arg("k_sink"), py::arg("v_sink"),
+        py::arg("sink_position"), py::arg("start"), py::arg("y"), py::arg("total"),
+        py::arg("log_sum"), py::arg("wide"), py::arg("final_max"), py::arg("final_norm"),
+        py::arg("final_mean"), py::arg("window"), py::arg("past"), py::arg("causal"),
+        py::arg("scale"), py::arg("softcap"), py::arg("latent_scale"), py::arg("threads"),
         "Writes y, total and the final state; log_sum and wide if not None.");
   m.def("macchiato_backward", &gated_backward, py::arg("q_latent"), py::arg("k_latent"),
         py::arg("v_latent"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("latent_mask"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
-        py::arg("mean"), py::arg("total"), py::arg("log_sum"), py::arg("wide"), py::arg("dy"),
-        py::arg("d_final_norm"), py::arg("d_final_mean"), py::arg("dq_latent"),
-        py::arg("dk_latent"), py::arg("dv_latent"), py::arg("dq"), py::arg("dk"), py::arg("dv"),
+        py::arg("mean"), py::arg("q_sink"), py::arg("k_sink"), py::arg("v_sink"),
+        py::arg("sink_position"), py::arg("start"), py::arg("total"), py::arg("log_sum"),
+        py::arg("wide"), py::arg("dy"), py::arg("d_final_norm"), py::arg("d_final_mean"),
+        py::arg("dq_latent"), py::arg("dk_latent"), py::arg("dv_latent"), py::arg("dq"),
+        py::arg("dk"), py::arg("dv"), py::arg("dq_sink"), py::arg("dk_sink"), py::arg("dv_sink"),
         py::arg("d_norm"), py::arg("d_mean"), py::arg("one_value"), py::arg("window"),
         py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),
         py::arg("latent_scale"), py::arg("threads"),
@@ -237,3 +269,4 @@ void define_window(py::module_& m) {
 }
 
 }  // namespace latte::python
+

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operators of Macchiato; `past`, `save` and `wide` as in `_window_ops`."""
+"""The operators of Macchiato; sinks, `past`, `save` and `wide` as in `_window_ops`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ._register import (
     once_differentiable,
     register,
 )
-from ._window_ops import or_none, step_output, window_outputs
+from ._window_ops import given, or_none, sink_gradients, step_output, window_outputs
 
 
 def _forward_fake(
@@ -49,6 +49,11 @@ def _forward_cpu(
     max: Tensor | None,
     norm: Tensor | None,
     mean: Tensor | None,
+    q_sink: Tensor | None,
+    k_sink: Tensor | None,
+    v_sink: Tensor | None,
+    sink_position: Tensor | None,
+    start: Tensor | None,
     window: int,
     past: int,
     causal: bool,
@@ -63,9 +68,10 @@ def _forward_cpu(
     y, total, log_sum, wide, final_max, final_norm, final_mean = outputs
     _core.macchiato_forward(
         q_latent, k_latent, v if v_latent is None else v_latent, q, k, v, latent_mask, key_mask,
-        cu_seqlens, max, norm, mean, y, y if y.dtype == wide.dtype else total,
-        log_sum if save else None, or_none(wide), final_max, final_norm, final_mean, window, past,
-        causal, scale, softcap, latent_scale, torch.get_num_threads(),
+        cu_seqlens, max, norm, mean, q_sink, k_sink, v_sink, sink_position, start, y,
+        y if y.dtype == wide.dtype else total, log_sum if save else None, or_none(wide), final_max,
+        final_norm, final_mean, window, past, causal, scale, softcap, latent_scale,
+        torch.get_num_threads(),
     )  # fmt: skip
     if not save:
         log_sum.zero_()
@@ -85,10 +91,16 @@ def _backward_fake(
     max: Tensor | None,
     norm: Tensor | None,
     mean: Tensor | None,
+    q_sink: Tensor | None,
+    k_sink: Tensor | None,
+    v_sink: Tensor | None,
     *_: Any,
 ) -> tuple[Tensor, ...]:
     optional = [like_or_nothing(x, q) for x in (v_latent, norm, mean)]
-    return like(q_latent), like(k_latent), optional[0], like(q), like(k), like(v), *optional[1:]
+    return (
+        like(q_latent), like(k_latent), optional[0], like(q), like(k), like(v), *optional[1:],
+        *sink_gradients(q, q_sink, k_sink, v_sink),
+    )  # fmt: skip
 
 
 def _backward_cpu(
@@ -104,6 +116,11 @@ def _backward_cpu(
     max: Tensor | None,
     norm: Tensor | None,
     mean: Tensor | None,
+    q_sink: Tensor | None,
+    k_sink: Tensor | None,
+    v_sink: Tensor | None,
+    sink_position: Tensor | None,
+    start: Tensor | None,
     total: Tensor,
     log_sum: Tensor,
     wide: Tensor,
@@ -118,19 +135,21 @@ def _backward_cpu(
     latent_scale: float,
 ) -> tuple[Tensor, ...]:
     outputs = _backward_fake(
-        q_latent, k_latent, v_latent, q, k, v, latent_mask, key_mask, cu_seqlens, max, norm, mean
-    )
-    dq_latent, dk_latent, dv_latent, dq, dk, dv, d_norm, d_mean = outputs
+        q_latent, k_latent, v_latent, q, k, v, latent_mask, key_mask, cu_seqlens, max, norm, mean,
+        q_sink, k_sink, v_sink,
+    )  # fmt: skip
+    dq_latent, dk_latent, dv_latent, dq, dk, dv, d_norm, d_mean, *of_sinks = outputs
+    dq_sink, dk_sink, dv_sink = given(of_sinks, (q_sink, k_sink, v_sink))
     shared = v_latent is None
     if shared:
         # Both parts of dv meet there unrounded.
         dv_latent = dv if dv.dtype == wide.dtype else like(dv, wide.dtype)
     _core.macchiato_backward(
         q_latent, k_latent, v if v_latent is None else v_latent, q, k, v, latent_mask, key_mask,
-        cu_seqlens, max, norm, mean, total, log_sum, wide, dy, d_final_norm, d_final_mean,
-        dq_latent, dk_latent, dv_latent, dq, dk, dv, None if norm is None else d_norm,
-        None if mean is None else d_mean, shared, window, past, causal, scale, softcap,
-        latent_scale, torch.get_num_threads(),
+        cu_seqlens, max, norm, mean, q_sink, k_sink, v_sink, sink_position, start, total, log_sum,
+        wide, dy, d_final_norm, d_final_mean, dq_latent, dk_latent, dv_latent, dq, dk, dv, dq_sink,
+        dk_sink, dv_sink, None if norm is None else d_norm, None if mean is None else d_mean,
+        shared, window, past, causal, scale, softcap, latent_scale, torch.get_num_threads(),
     )  # fmt: skip
     if not shared and k_latent.shape[3] == 0:
         dv_latent.zero_()
@@ -138,9 +157,8 @@ def _backward_cpu(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.window, ctx.past, ctx.causal, ctx.scale, ctx.softcap, ctx.latent_scale = inputs[
-        :-1
-    ]
+    *tensors, window, past, causal, scale, softcap, latent_scale, _ = inputs
+    ctx.scalars = window, past, causal, scale, softcap, latent_scale
     y, total, log_sum, wide, maximum, *_ = output
     ctx.save_for_backward(*tensors, y if y.dtype == total.dtype else total, log_sum, wide)
     ctx.mark_non_differentiable(total, log_sum, wide, maximum)
@@ -149,7 +167,7 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 def _gradients(ctx: Any, dy: Tensor | None, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
     *inputs, total, log_sum, wide = ctx.saved_tensors
-    v_latent, v, norm = inputs[2], inputs[5], inputs[10]
+    v_latent, v, state, sinks = inputs[2], inputs[5], inputs[10:12], inputs[12:15]
     *_, d_norm, d_mean = grads
     if dy is None:
         dy = torch.zeros(total.shape, dtype=v.dtype, device=v.device)
@@ -161,16 +179,12 @@ def _gradients(ctx: Any, dy: Tensor | None, *grads: Tensor | None) -> tuple[Tens
             d_norm = other.new_zeros(other.shape[:3])
         else:
             d_mean = other.new_zeros((*other.shape, v.shape[3]))
-    output = _backward(
-        *inputs, total, log_sum, wide, dy, d_norm, d_mean, ctx.window, ctx.past, ctx.causal,
-        ctx.scale, ctx.softcap, ctx.latent_scale,
+    output = _backward(*inputs, total, log_sum, wide, dy, d_norm, d_mean, *ctx.scalars)
+    dq_latent, dk_latent, dv_latent, dq, dk, dv, *optional = output
+    return (
+        dq_latent, dk_latent, None if v_latent is None else dv_latent, dq, dk, dv, *[None] * 4,
+        *given(optional, (*state, *sinks)), *[None] * 9,
     )  # fmt: skip
-    gradients = list(output)
-    if v_latent is None:
-        gradients[2] = None
-    if norm is None:
-        gradients[6:] = [None, None]
-    return *gradients[:6], None, None, None, None, *gradients[6:], *[None] * 7
 
 
 def _step_fake(
@@ -216,7 +230,8 @@ def _step_cpu(
 macchiato_attention = register(
     "macchiato_attention(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, Tensor k, "
     "Tensor v, Tensor? latent_mask, Tensor? key_mask, Tensor? cu_seqlens, Tensor? max, "
-    "Tensor? norm, Tensor? mean, int window, int past, bool causal, float scale, "
+    "Tensor? norm, Tensor? mean, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
+    "Tensor? sink_position, Tensor? start, int window, int past, bool causal, float scale, "
     "float softcap, float latent_scale, bool save) -> (Tensor y, Tensor total, Tensor log_sum, "
     "Tensor wide, Tensor max, Tensor norm, Tensor mean)",
     _forward_cpu, _forward_fake, differentiable(_save, _gradients),
@@ -224,10 +239,12 @@ macchiato_attention = register(
 _backward = register(
     "macchiato_attention_backward(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, "
     "Tensor k, Tensor v, Tensor? latent_mask, Tensor? key_mask, Tensor? cu_seqlens, Tensor? max, "
-    "Tensor? norm, Tensor? mean, Tensor total, Tensor log_sum, Tensor wide, Tensor dy, "
+    "Tensor? norm, Tensor? mean, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
+    "Tensor? sink_position, Tensor? start, Tensor total, Tensor log_sum, Tensor wide, Tensor dy, "
     "Tensor? d_final_norm, Tensor? d_final_mean, int window, int past, bool causal, float scale, "
     "float softcap, float latent_scale) -> (Tensor dq_latent, Tensor dk_latent, Tensor dv_latent, "
-    "Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean)",
+    "Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean, Tensor dq_sink, "
+    "Tensor dk_sink, Tensor dv_sink)",
     _backward_cpu, _backward_fake, once_differentiable,
 )  # fmt: skip
 macchiato_attention_step = register(

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from . import _core
-from ._checks import check_by_core, check_device, check_flags, check_scale, check_type
+from ._checks import check_beside, check_by_core, check_device, check_flags, check_scale, check_type
 from ._register import count_sequences
-from .window_cache import WindowCache
+from .window_cache import WindowCache, WindowSinks
 
 
 def check_window(
@@ -46,12 +46,39 @@ def check_cache(op: str, q: Tensor, cache: WindowCache) -> None:
     check_device(op, "cache", cache.device, q)
 
 
+# q, k, v and position of `WindowSinks`.
+SinkTensors = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
+def sink_tensors(op: str, q: Tensor, sinks: WindowSinks | None) -> SinkTensors:
+    """What sinks consist of, after the checks of types; the core checks shapes."""
+    if sinks is None:
+        return (None, None, None, None)
+    check_type(op, "sinks", sinks, WindowSinks)
+    for name, tensor in zip(("q", "k", "v"), sinks[:3], strict=True):
+        check_beside(op, q, f"sinks.{name}", tensor)
+    position = sinks.position
+    if position is not None:
+        check_type(op, "sinks.position", position, Tensor)
+        check_device(op, "sinks.position", position.device, q)
+        if position.dtype != torch.int64:
+            raise TypeError(
+                f"[{op}] sinks.position has dtype {position.dtype}, expected torch.int64"
+            )
+    return sinks.q, sinks.k, sinks.v, position
+
+
 def check_window_by_core(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    q_sink: Tensor | None,
+    k_sink: Tensor | None,
+    v_sink: Tensor | None,
+    sink_position: Tensor | None,
+    start: Tensor | None,
     window: int,
     past: int,
     causal: bool,
@@ -59,12 +86,14 @@ def check_window_by_core(
     softcap: float,
 ) -> None:
     """`check_by_core` for the keys that a window sees."""
-    check_by_core(
-        lambda borders: _core.sliding_window_check(
-            q, k, v, key_mask, borders, window, past, causal, scale, softcap
-        ),
-        cu_seqlens,
-    )
+
+    def check(borders: Tensor | None) -> None:
+        _core.sliding_window_check(
+            q, k, v, key_mask, borders, q_sink, k_sink, v_sink, sink_position, window, past, causal,
+            scale, softcap,
+        )  # fmt: skip
+
+    check_by_core(check, cu_seqlens)
 
 
 class Seen(NamedTuple):
@@ -76,6 +105,10 @@ class Seen(NamedTuple):
     past: int = 0
     start: Tensor | None = None
     cache: WindowCache | None = None
+
+    def start_beside(self, sink_position: Tensor | None) -> Tensor | None:
+        """`start` where it matters, in memory that no later step on the cache updates."""
+        return None if sink_position is None or self.start is None else self.start.clone()
 
     def after(self, cu_seqlens: Tensor | None) -> WindowCache:
         """The cache after the last token."""

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operators of windows.
 
+Sinks have their queries, keys and values, perhaps a position each, and `start`, the position of a
+sequence's first query, if that is not 0.
 `past` counts cached keys in front of every sequence's tokens. `save` asks for what the backward
 operator needs; without it `wide`, the window's output in the compute type, is empty.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +22,7 @@ from ._register import (
     differentiable,
     in_place,
     like,
+    like_or_nothing,
     mark_updated,
     once_differentiable,
     register,
@@ -60,6 +64,11 @@ def _forward_cpu(
     v: Tensor,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    q_sink: Tensor | None,
+    k_sink: Tensor | None,
+    v_sink: Tensor | None,
+    sink_position: Tensor | None,
+    start: Tensor | None,
     window: int,
     past: int,
     causal: bool,
@@ -69,14 +78,33 @@ def _forward_cpu(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, log_sum, wide = _forward_fake(q, k, v, save)
     _core.sliding_window_forward(
-        q, k, v, key_mask, cu_seqlens, y, log_sum, or_none(wide), window, past, causal, scale,
-        softcap, torch.get_num_threads(),
+        q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position, start, y, log_sum,
+        or_none(wide), window, past, causal, scale, softcap, torch.get_num_threads(),
     )  # fmt: skip
     return y, log_sum, wide
 
 
-def _backward_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return like(q), like(k), like(v)
+def sink_gradients(q: Tensor, *sinks: Tensor | None) -> list[Tensor]:
+    return [like_or_nothing(x, q) for x in sinks]
+
+
+def given(gradients: Sequence[Tensor], inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The gradients of those inputs that are there."""
+    return [None if x is None else g for g, x in zip(gradients, inputs, strict=True)]
+
+
+def _backward_fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    q_sink: Tensor | None,
+    k_sink: Tensor | None,
+    v_sink: Tensor | None,
+    *_: Any,
+) -> tuple[Tensor, ...]:
+    return like(q), like(k), like(v), *sink_gradients(q, q_sink, k_sink, v_sink)
 
 
 def _backward_cpu(
@@ -85,6 +113,11 @@ def _backward_cpu(
     v: Tensor,
     key_mask: Tensor | None,
     cu_seqlens: Tensor | None,
+    q_sink: Tensor | None,
+    k_sink: Tensor | None,
+    v_sink: Tensor | None,
+    sink_position: Tensor | None,
+    start: Tensor | None,
     log_sum: Tensor,
     wide: Tensor,
     dy: Tensor,
@@ -95,16 +128,20 @@ def _backward_cpu(
     scale: float,
     softcap: float,
 ) -> tuple[Tensor, ...]:
-    dq, dk, dv = _backward_fake(q, k, v)
+    gradients = _backward_fake(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink)
+    dq, dk, dv, *of_sinks = gradients
+    dq_sink, dk_sink, dv_sink = given(of_sinks, (q_sink, k_sink, v_sink))
     _core.sliding_window_backward(
-        q, k, v, key_mask, cu_seqlens, log_sum, wide, dy, d_log_sum, dq, dk, dv, window, past,
-        causal, scale, softcap, torch.get_num_threads(),
+        q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position, start, log_sum, wide,
+        dy, d_log_sum, dq, dk, dv, dq_sink, dk_sink, dv_sink, window, past, causal, scale, softcap,
+        torch.get_num_threads(),
     )  # fmt: skip
-    return dq, dk, dv
+    return gradients
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, ctx.window, ctx.past, ctx.causal, ctx.scale, ctx.softcap, _ = inputs
+    *tensors, window, past, causal, scale, softcap, _ = inputs
+    ctx.scalars = window, past, causal, scale, softcap
     y, log_sum, wide = output
     ctx.save_for_backward(*tensors, log_sum, y if y.dtype == wide.dtype else wide)
     ctx.mark_non_differentiable(wide)
@@ -112,14 +149,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None
 
 
 def _gradients(ctx: Any, dy: Tensor | None, d_log_sum: Tensor | None, _: Any) -> Any:
-    q, k, v, key_mask, cu_seqlens, log_sum, wide = ctx.saved_tensors
+    *inputs, log_sum, wide = ctx.saved_tensors
+    v, sinks = inputs[2], inputs[5:8]
     if dy is None:
         dy = torch.zeros(wide.shape, dtype=v.dtype, device=v.device)
-    gradients = _backward(
-        q, k, v, key_mask, cu_seqlens, log_sum, wide, dy, d_log_sum, ctx.window, ctx.past,
-        ctx.causal, ctx.scale, ctx.softcap,
-    )  # fmt: skip
-    return *gradients, *[None] * 8
+    gradients = _backward(*inputs, log_sum, wide, dy, d_log_sum, *ctx.scalars)
+    return *gradients[:3], None, None, *given(gradients[3:], sinks), *[None] * 8
 
 
 def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
@@ -153,14 +188,17 @@ def _step_cpu(
 
 sliding_window_attention = register(
     "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens, "
+    "Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, Tensor? sink_position, Tensor? start, "
     "int window, int past, bool causal, float scale, float softcap, bool save)"
     " -> (Tensor y, Tensor log_sum, Tensor wide)",
     _forward_cpu, _forward_fake, differentiable(_save, _gradients),
 )  # fmt: skip
 _backward = register(
     "sliding_window_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, "
-    "Tensor? cu_seqlens, Tensor log_sum, Tensor wide, Tensor dy, Tensor? d_log_sum, int window, "
-    "int past, bool causal, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "Tensor? cu_seqlens, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, Tensor? sink_position, "
+    "Tensor? start, Tensor log_sum, Tensor wide, Tensor dy, Tensor? d_log_sum, int window, "
+    "int past, bool causal, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv, "
+    "Tensor dq_sink, Tensor dk_sink, Tensor dv_sink)",
     _backward_cpu, _backward_fake, once_differentiable,
 )  # fmt: skip
 sliding_window_attention_step = register(

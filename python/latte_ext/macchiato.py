@@ -24,13 +24,13 @@ from ._checks import (
     check_type,
 )
 from ._register import compute_dtype, is_differentiated
-from ._sinks import attend_with_sinks, check_sinks, sink_tensors
 from ._window_inputs import (
     check_cache,
     check_softcap,
     check_window,
     check_window_by_core,
     seen_by_window,
+    sink_tensors,
 )
 from .functional import latent_attention, latent_attention_step
 from .state import LatentState
@@ -137,8 +137,7 @@ def macchiato_attention(
     cache = latent = None
     if state is not None:
         cache, latent = _check_state(op, q, window, k_latent.shape[3], state)
-    if sinks is not None:
-        check_sinks(op, q, k, v, cu_seqlens, sinks)
+    q_sink, k_sink, v_sink, position = sink_tensors(op, q, sinks)
     if window == 0:
         if sinks is not None:
             raise ValueError(f"[{op}] got sinks with window=0, expected a window")
@@ -152,12 +151,11 @@ def macchiato_attention(
         return (y, MacchiatoState(result[1], None)) if return_state else y
 
     seen = seen_by_window(op, q, k, v, window, causal, key_mask, cu_seqlens, cache, return_state)
-    arguments = (
-        q, seen.key, seen.value, seen.mask, cu_seqlens, window, seen.past, causal, scale, cap
-    )  # fmt: skip
+    given = q_sink, k_sink, v_sink, position, seen.start_beside(position)
+    scalars = window, seen.past, causal, scale, cap
     triple = (None, None, None) if latent is None else latent.tensors()
     if backend == "reference":
-        check_window_by_core(*arguments)
+        check_window_by_core(q, seen.key, seen.value, seen.mask, cu_seqlens, *given, *scalars)
         y, final = reference.macchiato_attention(
             q_latent, k_latent, q, k, v, window=window, causal=causal, scale=scale,
             latent_scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
@@ -171,27 +169,13 @@ def macchiato_attention(
         k_latent, v_latent = _match_heads(k_latent, v, v_latent)
         if v_latent is None and seen.cache is not None:
             v_latent = v
-        if sinks is None:
-            save = is_differentiated(q_latent, k_latent, v_latent, q, seen.key, seen.value, *triple)
-            y, _, _, _, *final = _macchiato_ops.macchiato_attention(
-                q_latent, k_latent, v_latent, q, seen.key, seen.value, key_mask, seen.mask,
-                cu_seqlens, *triple, window, seen.past, causal, scale, cap, float(latent_scale),
-                save,
-            )  # fmt: skip
-        else:
-            local = attend_with_sinks(*arguments, sinks, seen.start)
-            p = reference.softmax(q_latent * latent_scale, dim=-1)
-            y = p[..., :1] * local
-            if k_latent.shape[3]:
-                latents, state_after = latent_attention(
-                    q_latent[..., 1:], k_latent,
-                    (v if v_latent is None else v_latent).to(local.dtype), causal=causal,
-                    scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=latent,
-                    return_state=True,
-                )  # fmt: skip
-                y = y + p[..., 1:].sum(-1, keepdim=True) * latents
-                final = state_after.tensors()
-            y = y.to(v.dtype)
+        save = is_differentiated(
+            q_latent, k_latent, v_latent, q, seen.key, seen.value, *triple, q_sink, k_sink, v_sink
+        )
+        y, _, _, _, *final = _macchiato_ops.macchiato_attention(
+            q_latent, k_latent, v_latent, q, seen.key, seen.value, key_mask, seen.mask, cu_seqlens,
+            *triple, *given, *scalars, float(latent_scale), save,
+        )  # fmt: skip
     if not return_state:
         return y
     latent = LatentState(*final) if k_latent.shape[3] else None

@@ -10,13 +10,13 @@ from torch import Tensor
 from . import _window_ops, reference
 from ._checks import Backend, check_backend, check_tensors
 from ._register import is_differentiated
-from ._sinks import attend_with_sinks, check_sinks, sink_tensors
 from ._window_inputs import (
     check_cache,
     check_softcap,
     check_window,
     check_window_by_core,
     seen_by_window,
+    sink_tensors,
 )
 from .window_cache import WindowCache, WindowSinks
 
@@ -104,11 +104,11 @@ def sliding_window_attention(
     cap = check_softcap(op, softcap)
     check_backend(op, "q", q, backend)
     seen = seen_by_window(op, q, k, v, window, causal, key_mask, cu_seqlens, cache, return_cache)
+    q_sink, k_sink, v_sink, position = sink_tensors(op, q, sinks)
     arguments = (
-        q, seen.key, seen.value, seen.mask, cu_seqlens, window, seen.past, causal, scale, cap
+        q, seen.key, seen.value, seen.mask, cu_seqlens, q_sink, k_sink, v_sink,
+        position, seen.start_beside(position), window, seen.past, causal, scale, cap,
     )  # fmt: skip
-    if sinks is not None:
-        check_sinks(op, q, k, v, cu_seqlens, sinks)
     if backend == "reference":
         check_window_by_core(*arguments)
         y = reference.sliding_window_attention(
@@ -116,11 +116,9 @@ def sliding_window_attention(
             key_mask=seen.mask, cu_seqlens=cu_seqlens, past=seen.past, sinks=sinks,
             start=seen.start, softcap=softcap,
         )  # fmt: skip
-    elif sinks is None:
-        save = is_differentiated(q, seen.key, seen.value)
-        y = _window_ops.sliding_window_attention(*arguments, save)[0]
     else:
-        y = attend_with_sinks(*arguments, sinks, seen.start).to(v.dtype)
+        save = is_differentiated(q, seen.key, seen.value, q_sink, k_sink, v_sink)
+        y = _window_ops.sliding_window_attention(*arguments, save)[0]
     return (y, seen.after(cu_seqlens)) if return_cache else y
 
 

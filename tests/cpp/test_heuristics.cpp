@@ -89,6 +89,14 @@ TEST(Heuristics, SegmentsOfConvolutions) {
 }
 
 }  // namespace
+TEST(Heuristics, PiecesOfSinksAreBlocks) {
+  for (const int64_t tokens : {int64_t{0}, int64_t{1}, int64_t{40000}, int64_t{1} << 33}) {
+    const int64_t piece = cpu::sink_piece(tokens);
+    EXPECT_GE(piece, 512);
+    EXPECT_EQ(piece % cpu::kWindowQueries, 0);
+    EXPECT_LE(tokens / piece, 64);
+  }
+}
 TEST(Heuristics, WindowSegmentsAreBlocksAndFewWindowsAreMetTwice) {
   for (const int64_t total : {int64_t{0}, int64_t{1}, int64_t{5000}, int64_t{1} << 33})
     for (const int64_t window : {1, 128, 5000})

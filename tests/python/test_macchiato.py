@@ -305,7 +305,7 @@ def test_opcheck(requires_grad: bool, dtype: torch.dtype) -> None:
     tensors = [x.requires_grad_(requires_grad) for x in (q_latent, k_latent, q, k, v)]
     q_latent, k_latent, q, k, v = tensors
     mask = random_mask(2, 23)
-    gated = (q_latent, k_latent, None, q, k, v, mask, mask, None, None, None, None)
+    gated = (q_latent, k_latent, None, q, k, v, mask, mask, *[None] * 9)
     scalars = (4, 0, True, 0.5, 0.0, 1.0)
     torch.library.opcheck(OPS.macchiato_attention.default, (*gated, *scalars, requires_grad))
     if requires_grad:

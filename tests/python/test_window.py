@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""sliding_window_attention against the float64 reference, its cache, sinks and steps."""
+"""sliding_window_attention against the float64 reference, its cache and steps."""
 
 import itertools
 import math
@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from helpers import DTYPES, assert_close, random_mask, rms, threads
+from helpers import DTYPES, assert_close, random_mask, threads
 from latte_ext import (
     MacchiatoState,
     WindowCache,
@@ -17,14 +17,9 @@ from latte_ext import (
 )
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from window_helpers import CAUSAL, FEATURES, Attention, attention_inputs, check, normal, solve
+from window_helpers import CAUSAL, FEATURES, attention_inputs, band, check, normal, solve
 
 OPS = torch.ops.latte_ext
-
-
-def band(tokens: int, window: int, causal: bool) -> Tensor:
-    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
-    return (distance.abs() < window) & ((distance >= 0) | (not causal))
 
 
 @CAUSAL
@@ -68,25 +63,6 @@ def test_pieces_and_steps_are_the_whole(window: int) -> None:
         at = cache.position.tolist()
         rows = [torch.stack([x[n, :, t] for n, t in enumerate(at)]) for x in (q, k, v, whole)]
         torch.testing.assert_close(sliding_window_attention_step(*rows[:3], cache), rows[3])
-
-
-def test_sinks_are_tokens_that_left_the_window() -> None:
-    """The first tokens as sinks: as if the window reached back to them as well."""
-    q, k, v = attention_inputs()
-    position = torch.arange(3).expand(2, 3)
-    sinks = WindowSinks(q, k[:, :, :3], v[:, :, :3], position)
-    y = sliding_window_attention(q, k, v, window=4, sinks=sinks)
-    mask = band(23, 4, True) | ((torch.arange(23) < 3) & (torch.ones(23, 23) > 0).tril())
-    expected = scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    torch.testing.assert_close(y, expected)
-    cache = None
-    for piece in (slice(0, 2), slice(2, 11), slice(11, 23)):
-        part = sinks._replace(q=q[:, :, piece])
-        got, cache = sliding_window_attention(
-            q[:, :, piece], k[:, :, piece], v[:, :, piece], window=4, sinks=part, cache=cache,
-            return_cache=True,
-        )  # fmt: skip
-        torch.testing.assert_close(got, expected[:, :, piece])
 
 
 # Values and gradients -----------------------------------------------------------------------------
@@ -173,43 +149,6 @@ def test_softcap_bounds_logits() -> None:
     k[0, 0, 1] = torch.nan
     y = sliding_window_attention(q, k, v, window=3, softcap=2.0)
     assert y.flatten().isnan().tolist() == [False, True, True]
-
-
-@pytest.mark.parametrize("is_packed", [False, True], ids=["batch", "packed"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_sinks_against_the_reference(dtype: torch.dtype, is_packed: bool) -> None:
-    q, k, v = attention_inputs(batch=1 if is_packed else 2, tokens=40, dtype=dtype)
-    borders = torch.tensor([0, 25, 40]) if is_packed else None
-    k_sink, v_sink = normal(2, 2, 3, 5, dtype=dtype), normal(2, 2, 3, 6, dtype=dtype)
-    for position in (None, torch.tensor([[0, 1, 2], [0, 4, 9]])):
-
-        def attention(
-            *args: Tensor, position: Tensor | None = position, **options: object
-        ) -> Tensor:
-            q_sink, k_sink, v_sink, *rest = args
-            sinks = WindowSinks(q_sink, k_sink, v_sink, position)
-            return sliding_window_attention(*rest, sinks=sinks, **options)  # type: ignore[arg-type,call-overload,no-any-return]
-
-        for softcap in (None, 0.5):
-            check_sinks(attention, (q.sin(), k_sink, v_sink, q, k, v), borders, softcap)
-
-
-def check_sinks(
-    attention: Attention,
-    inputs: tuple[Tensor, ...],
-    borders: Tensor | None,
-    softcap: float | None,
-) -> None:
-    q, v = inputs[3], inputs[5]
-    dy = normal(*q.shape[:3], v.shape[3], dtype=v.dtype)
-    options = {"window": 6, "cu_seqlens": borders, "softcap": softcap}
-    got = solve(attention, inputs, dy, **options)
-    doubles = tuple(x.double() for x in inputs)
-    want = solve(attention, doubles, dy.double(), backend="reference", **options)
-    for i, (a, b) in enumerate(zip(got, want, strict=True)):
-        size = max(float(b.abs().max()), rms(v) * rms(dy) * math.sqrt(v.shape[3]))
-        # Keys and values of half precision are cast by torch, which rounds once more.
-        assert_close(a, b, tolerance=2e-5, scale=size, name=f"output {i}")
 
 
 # Properties ---------------------------------------------------------------------------------------
@@ -337,7 +276,15 @@ def bad_calls() -> Iterator[tuple[str, dict[str, object], type[Exception], str]]
     yield "symmetric_cache", symmetric, ValueError, r"causal=False, expected causal=True"
     sinks = WindowSinks(q, k[:, :, :2], v[:, :, :3])
     yield "sinks", {"sinks": sinks}, ValueError, r"sinks.v has shape .*, expected \(2, 2, 2, 6\)"
-    yield "sinks_type", {"sinks": 1}, TypeError, r"sinks is a int, expected WindowSinks"
+    yield "sinks_q", {"sinks": WindowSinks(q[:, :, 1:], k, v)}, ValueError, r"sinks.q has shape"
+    none = WindowSinks(q, k[:, :, :0], v[:, :, :0])
+    yield "sinks_0", {"sinks": none}, ValueError, r"sinks.k has 0 sinks, expected at least 1"
+    double = WindowSinks(q, k.double(), v)
+    yield "sinks_dtype", {"sinks": double}, TypeError, r"sinks.k has dtype torch.float64, expected"
+    for position, error in ((torch.zeros(2, 2), TypeError), (torch.zeros(2, 1).long(), ValueError)):
+        placed = WindowSinks(q, k[:, :, :2], v[:, :, :2], position)
+        yield f"position_{error.__name__}", {"sinks": placed}, error, r"sinks.position has"
+    yield "sinks_type", {"sinks": 1}, TypeError, r"sinks is a int, expected a WindowSinks"
     yield "backend", {"backend": "gpu"}, ValueError, r"backend is 'gpu', expected"
 
 
@@ -360,14 +307,27 @@ def test_bad_input(
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool, dtype: torch.dtype) -> None:
     q, k, v = (x.requires_grad_(requires_grad) for x in attention_inputs(dtype=dtype))
-    arguments = (q, k, v, random_mask(2, 23), None, 4, 0, True, 0.5, 0.0, requires_grad)
+    arguments = (
+        q,
+        k,
+        v,
+        random_mask(2, 23),
+        None,
+        *[None] * 5,
+        4,
+        0,
+        True,
+        0.5,
+        0.0,
+        requires_grad,
+    )
     torch.library.opcheck(OPS.sliding_window_attention.default, arguments)
     if requires_grad:
         return
     y, log_sum, wide = OPS.sliding_window_attention.default(*arguments[:-1], True)
     saved = (log_sum, y if dtype == torch.float32 else wide, torch.randn_like(y), None)
     torch.library.opcheck(
-        OPS.sliding_window_attention_backward.default, (*arguments[:5], *saved, *arguments[5:-1])
+        OPS.sliding_window_attention_backward.default, (*arguments[:10], *saved, *arguments[10:-1])
     )
     cache = WindowCache.empty(2, 2, 4, 5, 6, dtype=dtype).tensors()
     rows = [x[:, :, 0] for x in (q, k, v)]

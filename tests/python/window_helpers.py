@@ -32,6 +32,11 @@ def normal(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(shape, dtype=dtype)
 
 
+def band(tokens: int, window: int, causal: bool) -> Tensor:
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    return (distance.abs() < window) & ((distance >= 0) | (not causal))
+
+
 def attention_inputs(
     batch: int = 2,
     heads: int = 4,

@@ -159,9 +159,15 @@ struct SlidingWindowForward {
   Tensor v;           // (B,Hk,S,D)
   Tensor key_mask;    // optional (B,S) boolean, false = no query sees the key
   Tensor cu_seqlens;  // optional (N+1,), B == 1: ranges of the queries of N packed sequences
-  Tensor y;           // (B,H,T,D)
-  Tensor log_sum;     // optional (B,H,T) compute type: log of the sum of exp over the keys seen
-  Tensor wide;        // optional (B,H,T,D) compute type: y unrounded
+  // Optional: n keys and values with queries of their own, under the same softmax. A query sees
+  // those whose sink_position its window does not hold (without positions: all), and stands at
+  // position start + t of its sequence.
+  Tensor q_sink, k_sink, v_sink;  // (B,H,T,Dk), (N,Hk,n,Dk), (N,Hk,n,D)
+  Tensor sink_position;           // optional (N,n) int64
+  Tensor start;                   // optional (N,) int64, 0 without
+  Tensor y;                       // (B,H,T,D)
+  Tensor log_sum;  // optional (B,H,T) compute type: log of the sum of exp over what is seen
+  Tensor wide;     // optional (B,H,T,D) compute type: y unrounded
   int64_t window = 1, past = 0;
   bool causal = true;
   double scale = 1.0;    // multiplies q . k
@@ -170,11 +176,13 @@ struct SlidingWindowForward {
 
 // Vector-Jacobian product of SlidingWindowForward, whose log_sum and unrounded y it takes.
 struct SlidingWindowBackward {
-  Tensor q, k, v, key_mask, cu_seqlens;  // as in the forward call
-  Tensor log_sum, wide;                  // from the forward call; wide is y if that is not half
-  Tensor dy;                             // (B,H,T,D)
-  Tensor d_log_sum;                      // optional (B,H,T) compute type
-  Tensor dq, dk, dv;                     // shapes of q, k, v
+  // As in the forward call.
+  Tensor q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position, start;
+  Tensor log_sum, wide;              // from the forward call; wide is y if that is not half
+  Tensor dy;                         // (B,H,T,D)
+  Tensor d_log_sum;                  // optional (B,H,T) compute type
+  Tensor dq, dk, dv;                 // shapes of q, k, v
+  Tensor dq_sink, dk_sink, dv_sink;  // with sinks, in their shapes
   int64_t window = 1, past = 0;
   bool causal = true;
   double scale = 1.0, softcap = 0.0;
@@ -190,13 +198,11 @@ struct WindowRing {
 
 // One token per sequence with window W, ring updated in place: constant time and memory.
 struct SlidingWindowStep {
-  Tensor q;         // (N,H,Dk)
-  Tensor k;         // (N,Hk,Dk)
-  Tensor v;         // (N,Hk,D)
-  WindowRing ring;  // in and out
-  // Optional: n keys and values with queries of their own, seen by the tokens whose window does not
-  // reach back to sink_position (without it: by all).
-  Tensor q_sink, k_sink, v_sink;  // (N,H,Dk), (N,Hk,n,Dk), (N,Hk,n,D)
+  Tensor q;                       // (N,H,Dk)
+  Tensor k;                       // (N,Hk,Dk)
+  Tensor v;                       // (N,Hk,D)
+  WindowRing ring;                // in and out
+  Tensor q_sink, k_sink, v_sink;  // optional (N,H,Dk), (N,Hk,n,Dk), (N,Hk,n,D): as above
   Tensor sink_position;           // (N,n) int64
   Tensor y;                       // (N,H,D)
   double scale = 1.0, softcap = 0.0;

@@ -111,6 +111,27 @@ class Checker : public BaseChecker {
       fail(Kind::value, "scale is " + std::to_string(scale) + ", expected a finite number");
   }
 
+  // Floating point, float64 if and only if the rest is.
+  void floating(const char* name, const Tensor& t, bool is_double) const {
+    if (is_double) {
+      dtype(name, t, {DType::float64});
+    } else {
+      dtype(name, t, {DType::float32, DType::bfloat16, DType::float16});
+    }
+  }
+
+  // A tensor (N,) of positions.
+  void positions(const char* name, const Tensor& t, int64_t sequences) const {
+    shape(name, t, {sequences}, "(sequences,)");
+    dtype(name, t, {DType::int64});
+    for (int64_t n = 0; n < sequences; ++n) {
+      const int64_t position = static_cast<const int64_t*>(t.data)[n * t.stride[0]];
+      if (position < 0)
+        fail(Kind::value, std::string(name) + "[" + std::to_string(n) + "] is " +
+                              std::to_string(position) + ", expected at least 0");
+    }
+  }
+
   void softcap(double softcap) const {
     if (!(softcap >= 0 && softcap - softcap == 0))
       fail(Kind::value, "softcap is " + std::to_string(softcap) +
@@ -249,6 +270,34 @@ void heads_fit(const Checker& check, const WindowProblem& p) {
                                 " heads of k");
 }
 
+// Of a window or of its step, whose queries to the sinks are as those to the keys.
+template <class Params>
+void validate_sinks(const Checker& check, const Params& p, WindowProblem& problem) {
+  if (!present(p.q_sink) && !present(p.k_sink) && !present(p.v_sink)) return;
+  check.rank("sinks.k", p.k_sink, 4, "(sequences, key/value heads, sinks, key channels)");
+  problem.sinks = p.k_sink.shape[2];
+  if (problem.sinks < 1) check.fail(Kind::value, "sinks.k has 0 sinks, expected at least 1");
+  const int64_t (&q)[4] = p.q.shape;
+  if (p.q.rank == 4) {
+    check.shape("sinks.q", p.q_sink, {q[0], q[1], q[2], q[3]}, "the shape of q");
+  } else {
+    check.shape("sinks.q", p.q_sink, {q[0], q[1], q[2]}, "the shape of q");
+  }
+  check.shape("sinks.k", p.k_sink,
+              {problem.sequences, problem.kv_heads, problem.sinks, problem.key_dim},
+              "(sequences, key/value heads, sinks, key channels)");
+  check.shape("sinks.v", p.v_sink,
+              {problem.sequences, problem.kv_heads, problem.sinks, problem.dim},
+              "(sequences, key/value heads, sinks, channels)");
+  check.floating("sinks.q", p.q_sink, problem.is_double);
+  check.floating("sinks.k", p.k_sink, problem.is_double);
+  check.floating("sinks.v", p.v_sink, problem.is_double);
+  if (!present(p.sink_position)) return;
+  check.shape("sinks.position", p.sink_position, {problem.sequences, problem.sinks},
+              "(sequences, sinks)");
+  check.dtype("sinks.position", p.sink_position, {DType::int64});
+}
+
 template <class Params>
 WindowProblem validate_window_inputs(const Checker& check, const Params& p) {
   check.rank("q", p.q, 4, "(batch, heads, tokens, key channels)");
@@ -280,6 +329,8 @@ WindowProblem validate_window_inputs(const Checker& check, const Params& p) {
     check.dtype("key_mask", p.key_mask, {DType::boolean});
     check.shape("key_mask", p.key_mask, {problem.batch, problem.keys}, "(batch, keys)");
   }
+  validate_sinks(check, p, problem);
+  if (present(p.start)) check.positions("start", p.start, problem.sequences);
   return problem;
 }
 
@@ -322,6 +373,11 @@ WindowProblem validate_backward(const Checker& check, const SlidingWindowBackwar
   check.gradient("dq", p.q, p.dq, compute);
   check.gradient("dk", p.k, p.dk, compute);
   check.gradient("dv", p.v, p.dv, compute);
+  if (problem.sinks > 0) {
+    check.gradient("dq_sink", p.q_sink, p.dq_sink, compute);
+    check.gradient("dk_sink", p.k_sink, p.dk_sink, compute);
+    check.gradient("dv_sink", p.v_sink, p.dv_sink, compute);
+  }
   return problem;
 }
 
@@ -355,11 +411,7 @@ WindowProblem validate_step(const Checker& check, const SlidingWindowStep& p) {
   const auto ring = [&](const char* name, const Tensor& t, int64_t channels) {
     check.shape(name, t, {problem.batch, problem.kv_heads, window, channels},
                 "(sequences, key/value heads, window, channels)");
-    if (problem.is_double) {
-      check.dtype(name, t, {DType::float64});
-    } else {
-      check.dtype(name, t, {DType::float32, DType::bfloat16, DType::float16});
-    }
+    check.floating(name, t, problem.is_double);
     check.writable(name, t);
   };
   ring("cache.key", p.ring.key, problem.key_dim);
@@ -367,33 +419,9 @@ WindowProblem validate_step(const Checker& check, const SlidingWindowStep& p) {
   check.shape("cache.valid", p.ring.valid, {problem.batch, window}, "(sequences, window)");
   check.dtype("cache.valid", p.ring.valid, {DType::boolean});
   check.writable("cache.valid", p.ring.valid);
-  check.shape("cache.position", p.ring.position, {problem.batch}, "(sequences,)");
-  check.dtype("cache.position", p.ring.position, {DType::int64});
+  check.positions("cache.position", p.ring.position, problem.batch);
   check.writable("cache.position", p.ring.position);
-  for (int64_t n = 0; n < problem.batch; ++n) {
-    const int64_t position =
-        static_cast<const int64_t*>(p.ring.position.data)[n * p.ring.position.stride[0]];
-    if (position < 0)
-      check.fail(Kind::value, "cache.position[" + std::to_string(n) + "] is " +
-                                  std::to_string(position) + ", expected at least 0");
-  }
-  if (!present(p.k_sink)) return problem;
-  check.rank("sinks.k", p.k_sink, 4, "(sequences, key/value heads, sinks, key channels)");
-  problem.sinks = p.k_sink.shape[2];
-  const auto sink = [&](const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
-                        const char* axes, DType like) {
-    check.shape(name, t, shape, axes);
-    check.dtype(name, t, {like});
-  };
-  sink("sinks.q", p.q_sink, {problem.batch, problem.heads, problem.key_dim},
-       "(sequences, heads, key channels)", p.q.dtype);
-  sink("sinks.k", p.k_sink, {problem.batch, problem.kv_heads, problem.sinks, problem.key_dim},
-       "(sequences, key/value heads, sinks, key channels)", p.k.dtype);
-  sink("sinks.v", p.v_sink, {problem.batch, problem.kv_heads, problem.sinks, problem.dim},
-       "(sequences, key/value heads, sinks, channels)", p.v.dtype);
-  if (present(p.sink_position))
-    sink("sinks.position", p.sink_position, {problem.batch, problem.sinks}, "(sequences, sinks)",
-         DType::int64);
+  validate_sinks(check, p, problem);
   return problem;
 }
 

@@ -97,6 +97,14 @@ inline constexpr int64_t kStreamBytes = int64_t{1} << 25;
 inline constexpr int64_t kWindowQueries = 64;
 inline constexpr int64_t kWindowKeys = 64;
 
+// Queries of one sequence over which the gradients of sinks are summed before those sums are added:
+// up to 64 of them, whatever the threads, and 512 or more, beside which a sum costs nothing.
+constexpr int64_t sink_piece(int64_t tokens) {
+  const int64_t least = 512, share = tokens / 64;
+  const int64_t length = share < least ? least : share;
+  return (length + kWindowQueries - 1) / kWindowQueries * kWindowQueries;
+}
+
 // Queries of a task, out of `total` over all sequences and heads: 4 tasks per thread, but no cut
 // finer than 4 windows, since a task meets one window of its neighbour's keys again.
 constexpr int64_t window_segment(int64_t total, int64_t window, int threads) {

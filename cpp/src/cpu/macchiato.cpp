@@ -146,9 +146,10 @@ class MacchiatoForwardCall {
       latent.final = part.of(latent.final);
       latent.y = part.of(latent.y);
       latent.causal = window.causal;
-      for (Tensor* t : {&window.q, &window.k, &window.v, &window.y, &window.log_sum, &window.wide})
+      for (Tensor* t : {&window.q, &window.k, &window.v, &window.y, &window.log_sum, &window.wide,
+                        &window.q_sink, &window.k_sink, &window.v_sink})
         *t = part.of(*t);
-      window.key_mask = part.rows(window.key_mask);
+      for (Tensor* t : {&window.key_mask, &window.sink_position, &window.start}) *t = part.rows(*t);
     }
     WindowProblem problem;
     Tensor q_latent;
@@ -236,9 +237,10 @@ class MacchiatoBackwardCall {
       latent.cu_seqlens = window.cu_seqlens;
       latent.causal = window.causal;
       for (Tensor* t : {&window.q, &window.k, &window.v, &window.log_sum, &window.wide, &window.dy,
-                        &window.dq, &window.dk, &window.dv})
+                        &window.dq, &window.dk, &window.dv, &window.q_sink, &window.k_sink,
+                        &window.v_sink, &window.dq_sink, &window.dk_sink, &window.dv_sink})
         *t = part.of(*t);
-      window.key_mask = part.rows(window.key_mask);
+      for (Tensor* t : {&window.key_mask, &window.sink_position, &window.start}) *t = part.rows(*t);
     }
     WindowProblem problem;
     Tensor q_latent, y, dq_latent, share, delta;

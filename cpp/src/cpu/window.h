@@ -13,26 +13,9 @@
 #pragma once
 
 #include "cpu/gate.h"
-#include "cpu/tile_product.h"
+#include "cpu/window_sinks.h"
 
 namespace latte::LATTE_ISA {
-
-using cpu::kWindowKeys;
-using cpu::kWindowQueries;
-using cpu::WindowTask;
-
-inline constexpr int64_t kQ = kWindowQueries;
-inline constexpr int64_t kK = kWindowKeys;
-// Two vectors of queries: the columns of one tile of logits.
-template <class T>
-inline constexpr int64_t kPair = 2 * kLanes<T>;
-
-struct Clip {
-  int64_t begin, end;
-};
-LATTE_INLINE Clip clip(int64_t begin, int64_t end, int64_t low, int64_t high) {
-  return {begin < low ? low : begin, end > high ? high : end};
-}
 
 // Which keys which queries see, in shifted positions.
 class Band {
@@ -210,29 +193,6 @@ class KeyRing {
   bool* hidden_;
 };
 
-// Rows of queries (kQ x width), zero past the last, and their transpose in panels of two vectors.
-template <class T>
-LATTE_INLINE void transpose_queries(const T* rows, int64_t width, T* panels) {
-  for (int64_t i = 0; i < kQ; i += kLanes<T>)
-    for (int64_t c = 0; c < width; c += kLanes<T>)
-      transpose_square(rows + i * width + c, width,
-                       panels + (i / kPair<T> * width + c) * kPair<T> + i % kPair<T>, kPair<T>);
-}
-template <class T>
-LATTE_INLINE void copy_queries(const Source<T>& source, int64_t first, int64_t n, int64_t width,
-                               T* rows) {
-  source.copy(first, n, rows, width);
-  __builtin_memset(rows + n * width, 0, (kQ - n) * width * sizeof(T));
-}
-
-// Lane numbers.
-template <class T>
-LATTE_INLINE Vec<T> iota(int64_t first) {
-  Vec<T> x;
-  for (int64_t i = 0; i < kLanes<T>; ++i) x[i] = T(first + i);
-  return x;
-}
-
 // products[r][q] = rows[r] . queries[q] for rows [begin, end) of block `index` and the pair of
 // query vectors that begins with query `first`. A vector that sees none of a tile's keys is left
 // out.
@@ -253,17 +213,6 @@ LATTE_INLINE void key_products(const Band& band, int64_t index, int64_t first, C
         {channels, keys + r * width, width, panel + c, kPair<T>, products + r * kQ + c, kQ, false},
         low && high ? 2 : 1);
   }
-}
-
-// Logits to softcap tanh(logit / softcap): rows [begin, end) of a pair of query vectors.
-template <class T>
-LATTE_INLINE void cap(int64_t begin, int64_t end, T softcap, T* logits) {
-  const Vec<T> bound = splat(softcap), inverse = splat(1 / softcap);
-  for (int64_t r = begin; r < end; ++r)
-    for (int64_t c = 0; c < kPair<T>; c += kLanes<T>) {
-      T* const p = logits + r * kQ + c;
-      store(p, bound * tanh(load(p) * inverse));
-    }
 }
 
 // Logits out of the band, and of hidden keys, become -inf. Rows [begin, end) of block `index`, the
@@ -295,6 +244,7 @@ class WindowForward {
       : task_(task),
         band_(task),
         ring_(arena, task, false),
+        sinks_(arena, task),
         key_width_(round_up<T>(task.key_dim)),
         value_width_(round_up<T>(task.dim)) {
     rows_ = arena.take<T>(kQ * key_width_);
@@ -308,6 +258,7 @@ class WindowForward {
   }
 
   void run() {
+    sinks_.pack();
     for (int64_t first = task_.begin; first < task_.end; first += kQ)
       block(first, task_.end - first < kQ ? task_.end - first : kQ);
   }
@@ -322,6 +273,7 @@ class WindowForward {
       store(norm_ + i, Vec<T>{});
     }
     __builtin_memset(sums_, 0, kQ * value_width_ * sizeof(T));
+    if (task_.sinks > 0) sinks(first, n);
     const int64_t lo = band_.lowest(first), hi = band_.highest(first + n);
     if (lo < hi) {
       ring_.pack(task_, lo, hi);
@@ -337,12 +289,31 @@ class WindowForward {
     const int64_t last = next + kQ < task_.end ? next + kQ : task_.end;
     if (next >= last) return;
     prefetch_.add(RowView<T>(task_.q, PerRow::every, task_.key_dim, 1), next, last);
+    if (task_.sinks > 0)
+      prefetch_.add(RowView<T>(task_.q_sink, PerRow::every, task_.key_dim, 1), next, last);
     ring_.expect(task_, band_.highest(last), prefetch_);
     if (task_.gate.data) {
       prefetch_.add(RowView<T>(task_.gate, PerRow::every, 1 + task_.latents, 1), next, last);
       prefetch_.add(RowView<T>(task_.global, PerRow::every, task_.dim, 1), next, last);
     }
     prefetch_.pace(band_.tiles<T>());
+  }
+
+  // The first of the blocks, so that there are no sums to rescale before the second one of it.
+  void sinks(int64_t first, int64_t n) {
+    sinks_.load_queries(first, n, 0);
+    for (int64_t begin = 0; begin < task_.sinks; begin += kK) {
+      const int64_t rows = task_.sinks - begin < kK ? task_.sinks - begin : kK;
+      for (int64_t q = 0; q < n; q += kPair<T>) {
+        sinks_.logits(begin, rows, first, q, weights_ + q);
+        weigh(0, rows, q);
+      }
+      if (begin > 0) rescale(n);
+      for (int64_t q = 0; q < n; q += kTileRows)
+        multiply<T, Layout::by_column>({rows, weights_ + q, kQ, sinks_.v(begin), value_width_,
+                                        sums_ + q * value_width_, value_width_, true},
+                                       value_width_ / kLanes<T>);
+    }
   }
 
   void keys(int64_t index, int64_t first, int64_t n) {
@@ -458,6 +429,7 @@ class WindowForward {
   const WindowTask& task_;
   const Band band_;
   KeyRing<T> ring_;
+  Sinks<T> sinks_;
   RowPrefetch prefetch_;
   int64_t key_width_, value_width_;
   T *rows_, *queries_, *weights_, *sums_, *top_, *norm_, *alpha_, *share_, *rest_;

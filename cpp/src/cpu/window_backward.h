@@ -23,8 +23,10 @@ class WindowBackward {
       : task_(task),
         band_(task),
         ring_(arena, task, true),
+        sinks_(arena, task),
         key_width_(round_up<T>(task.key_dim)),
         value_width_(round_up<T>(task.dim)) {
+    if (task.sinks > 0) dq_sink_ = arena.take<T>(kQ * key_width_);
     for (T** rows : {&q_, &q_panels_, &dq_}) *rows = arena.take<T>(kQ * key_width_);
     for (T** rows : {&dy_, &dy_panels_, &y_}) *rows = arena.take<T>(kQ * value_width_);
     for (T** products : {&weights_, &slopes_}) *products = arena.take<T>(kK * kQ);
@@ -32,6 +34,7 @@ class WindowBackward {
   }
 
   void run() {
+    sinks_.pack();
     // Keys whose gradient is this task's: those of its own queries, and the first task's also the
     // past ones. Cuts are multiples of a block.
     own_ = {task_.begin == 0 ? 0 : band_.origin + task_.begin, band_.origin + task_.end};
@@ -61,11 +64,16 @@ class WindowBackward {
           this->keys(index, first, n, own);
       }
       if (!own) continue;
-      const Sink<T> dq(head_of<T>(task_.dq, g), PerRow::every, task_.key_dim, 1);
-      const Vec<T> scale = splat(T(task_.scale));
-      dq.write(first, n,
-               [&](int64_t i, int64_t c) { return load(dq_ + i * key_width_ + c) * scale; });
+      write_queries(task_.dq, dq_, first, n, g);
+      if (task_.sinks > 0) sinks(first, n, g);
     }
+  }
+
+  void write_queries(const Rows& to, const T* rows, int64_t first, int64_t n, int64_t g) const {
+    const Sink<T> sink(head_of<T>(to, g), PerRow::every, task_.key_dim, 1);
+    const Vec<T> scale = splat(T(task_.scale));
+    sink.write(first, n,
+               [&](int64_t i, int64_t c) { return load(rows + i * key_width_ + c) * scale; });
   }
 
   // What the next head, or the queries of the next block, will read.
@@ -81,6 +89,7 @@ class WindowBackward {
     };
     add(task_.q, task_.key_dim);
     add(task_.dy, task_.dim);
+    if (task_.sinks > 0) add(task_.q_sink, task_.key_dim);
     if (!task_.share.data) add(task_.local, task_.dim);
     if (!same) ring_.expect(task_, band_.highest(last), prefetch_);
     prefetch_.pace(2 * band_.tiles<T>());
@@ -134,7 +143,7 @@ class WindowBackward {
                    dy_panels_ + q * value_width_, slopes_ + q, prefetch_);
       if (task_.softcap > 0) cap(begin, end, T(task_.softcap), weights_ + q);
       hide(band_, block, index, first + q, begin, end, weights_ + q);
-      task_.softcap > 0 ? weigh<true>(begin, end, q) : weigh<false>(begin, end, q);
+      weigh_keys(begin, end, q);
       all = {begin < all.begin ? begin : all.begin, end > all.end ? end : all.end};
     }
     if (own_keys) {
@@ -157,10 +166,42 @@ class WindowBackward {
     }
   }
 
+  // What the queries that are loaded give to the sinks, and these to them.
+  void sinks(int64_t first, int64_t n, int64_t g) {
+    const SinkSums<T> sums = sums_of_piece<T>(task_, first);
+    if (g == 0 && first % task_.sink_piece == 0) sums.clear();
+    sinks_.load_queries(first, n, g);
+    for (int64_t begin = 0; begin < task_.sinks; begin += kK) {
+      const int64_t rows = task_.sinks - begin < kK ? task_.sinks - begin : kK;
+      for (int64_t q = 0; q < n; q += kPair<T>) {
+        sinks_.logits(begin, rows, first, q, weights_ + q);
+        for (int64_t r = 0; r < rows; r += kTileRows)
+          multiply<T, Layout::by_row>(
+              {task_.dim, sinks_.v(begin + r), value_width_, dy_panels_ + q * value_width_,
+               kPair<T>, slopes_ + r * kQ + q, kQ, false},
+              2);
+        weigh_keys(0, rows, q);
+      }
+      for (int64_t r = 0; r < rows; r += kTileRows) {
+        add_rows({0, n}, r, weights_, dy_, value_width_, sums.dv + begin * value_width_);
+        add_rows({0, n}, r, slopes_, sinks_.q(), key_width_, sums.dk + begin * key_width_);
+      }
+      for (int64_t q = 0; q < n; q += kTileRows)
+        multiply<T, Layout::by_column>({rows, slopes_ + q, kQ, sinks_.k(begin), key_width_,
+                                        dq_sink_ + q * key_width_, key_width_, begin > 0},
+                                       key_width_ / kLanes<T>);
+    }
+    write_queries(task_.dq_sink, dq_sink_, first, n, g);
+  }
+
   void add_rows(Clip t, int64_t r, const T* products, const T* rows, int64_t width, T* sums) {
     multiply<T, Layout::by_row>({t.end - t.begin, products + r * kQ + t.begin, kQ,
                                  rows + t.begin * width, width, sums + r * width, width, true},
                                 width / kLanes<T>);
+  }
+
+  void weigh_keys(int64_t begin, int64_t end, int64_t q) {
+    task_.softcap > 0 ? weigh<true>(begin, end, q) : weigh<false>(begin, end, q);
   }
 
   // weights_: logits to w; slopes_: v . dy to ds.
@@ -223,10 +264,12 @@ class WindowBackward {
   const WindowTask& task_;
   const Band band_;
   KeyRing<T> ring_;
+  Sinks<T> sinks_;
   RowPrefetch prefetch_;
   int64_t key_width_, value_width_, flushed_ = 0;
   Clip own_ = {0, 0};
   T *q_, *q_panels_, *dq_, *dy_, *dy_panels_, *y_, *weights_, *slopes_, *log_sum_, *delta_;
+  T* dq_sink_ = nullptr;
 };
 
 }  // namespace latte::LATTE_ISA

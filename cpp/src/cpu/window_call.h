@@ -13,19 +13,32 @@
 
 namespace latte::cpu {
 
+// The keys and values of sinks, of a task of a window or of its step.
+template <class Params, class Task>
+void set_sinks(const Params& p, int64_t sequence, int64_t kv_head, Task& task) {
+  task.k_sink = rows_of(p.k_sink, sequence, kv_head, 0);
+  task.v_sink = rows_of(p.v_sink, sequence, kv_head, 0);
+  if (!present(p.sink_position)) return;
+  task.sink_position =
+      static_cast<const int64_t*>(p.sink_position.data) + sequence * p.sink_position.stride[0];
+  task.sink_position_stride = p.sink_position.stride[1];
+}
+
 // One stage of a call over all sequences, heads and segments. run()'s `fill` completes a task.
 template <class Params>
 class Stage {
  public:
-  // `heads` that have tasks of their own: all, or those of keys and values.
+  // `heads` that have tasks of their own: all, or those of keys and values. Sequences are cut at
+  // multiples of `cut`.
   Stage(const Params& p, const WindowProblem& problem, WindowKernel kernel, int64_t heads,
-        double flops_per_query, int threads)
+        double flops_per_query, int threads, int64_t cut = 1)
       : p_(p), problem_(problem), kernel_(kernel), heads_(heads) {
     const int64_t all = problem.keys < 1 ? 1 : problem.keys;
     window_ = p.window < all ? p.window : all;
     const int64_t rows = problem.batch * problem.heads * problem.tokens;
     threads_ = useful_threads(flops_per_query * static_cast<double>(rows), kThreaded ? threads : 1);
     segment_ = window_segment(problem.batch * heads * problem.tokens, window_, threads_);
+    segment_ = (segment_ + cut - 1) / cut * cut;
     for (int64_t n = 0; n < problem.sequences; ++n) {
       const int64_t tokens = range(n).tokens;
       longest_ = tokens > longest_ ? tokens : longest_;
@@ -39,6 +52,7 @@ class Stage {
   }
 
   int64_t bytes() const { return threads_ * scratch_; }
+  int64_t bytes_per_thread() const { return scratch_; }
 
   template <class Fill>
   void run(char* memory, Fill fill) const {
@@ -66,20 +80,26 @@ class Stage {
       }
       task.log_sum = column_of(p_.log_sum, r.batch, q_head, r.first);
       task.local = rows_of(p_.wide, r.batch, q_head, r.first);
+      if (problem_.sinks > 0) {
+        task.q_sink = rows_of(p_.q_sink, r.batch, q_head, r.first);
+        set_sinks(p_, sequence, kv_head, task);
+        if (present(p_.start))
+          task.start = static_cast<const int64_t*>(p_.start.data)[sequence * p_.start.stride[0]];
+      }
       fill(task, r, q_head, kv_head);
       kernels().run_window(kernel_, problem_.is_double, task, memory + thread * scratch_);
     });
   }
 
   struct Range {
-    int64_t batch, first, tokens, first_key;
+    int64_t sequence, batch, first, tokens, first_key;
   };
 
  private:
   Range range(int64_t sequence) const {
-    if (!problem_.packed) return {sequence, 0, problem_.tokens, 0};
+    if (!problem_.packed) return {sequence, sequence, 0, problem_.tokens, 0};
     const int64_t first = sequence_border(p_.cu_seqlens, sequence);
-    return {0, first, sequence_border(p_.cu_seqlens, sequence + 1) - first,
+    return {sequence, 0, first, sequence_border(p_.cu_seqlens, sequence + 1) - first,
             first + sequence * p_.past};
   }
   WindowTask base_task() const {
@@ -92,6 +112,8 @@ class Stage {
     task.scale = p_.scale;
     task.softcap = p_.softcap;
     task.latents = problem_.latents;
+    task.sinks = problem_.sinks;
+    task.reach = p_.window;
     return task;
   }
   // With every feature that takes memory.
@@ -143,12 +165,27 @@ class WindowBackwardCall {
  public:
   WindowBackwardCall(const SlidingWindowBackward& p, const WindowProblem& problem, int threads)
       : p_(p),
+        problem_(problem),
+        piece_(sink_piece(problem.tokens)),
         stage_(p, problem, WindowKernel::backward, problem.kv_heads, 2.5 * band_flops(p, problem),
-               threads) {}
-  int64_t bytes() const { return stage_.bytes(); }
+               threads, problem.sinks > 0 ? piece_ : 1),
+        sinks_(p, problem, WindowKernel::sink_gradient, problem.kv_heads, 0, 1) {}
+  int64_t bytes() const {
+    return scratch() + (problem_.sinks > 0 ? problem_.kv_heads * pieces() * sums_bytes() : 0);
+  }
   template <class Fill>
   void run(char* memory, Fill fill) const {
+    const auto sums_of = [&](WindowTask& task, const auto& r, int64_t kv_head) {
+      const int64_t before = (r.batch * problem_.tokens + r.first) / piece_ + r.sequence;
+      task.sink_sums = memory + scratch() + (kv_head * pieces() + before) * sums_bytes();
+      task.sink_sums_bytes = sums_bytes();
+      task.sink_piece = piece_;
+    };
     stage_.run(memory, [&](WindowTask& task, const auto& r, int64_t head, int64_t kv_head) {
+      if (problem_.sinks > 0) {
+        sums_of(task, r, kv_head);
+        task.dq_sink = rows_of(p_.dq_sink, r.batch, head, r.first);
+      }
       task.dy = rows_of(p_.dy, r.batch, head, r.first);
       task.d_log_sum = column_of(p_.d_log_sum, r.batch, head, r.first);
       task.dq = rows_of(p_.dq, r.batch, head, r.first);
@@ -156,11 +193,26 @@ class WindowBackwardCall {
       task.dv = rows_of(p_.dv, r.batch, kv_head, r.first_key);
       fill(task, r, head);
     });
+    if (problem_.sinks == 0) return;
+    sinks_.run(memory, [&](WindowTask& task, const auto& r, int64_t, int64_t kv_head) {
+      sums_of(task, r, kv_head);
+      task.dk_sink = rows_of(p_.dk_sink, r.sequence, kv_head, 0);
+      task.dv_sink = rows_of(p_.dv_sink, r.sequence, kv_head, 0);
+    });
   }
 
  private:
+  int64_t scratch() const {
+    return stage_.bytes() > sinks_.bytes() ? stage_.bytes() : sinks_.bytes();
+  }
+  int64_t sums_bytes() const { return sinks_.bytes_per_thread(); }
+  // Of one key/value head, so many that every sequence has whole pieces of its own.
+  int64_t pieces() const { return problem_.batch * problem_.tokens / piece_ + problem_.sequences; }
+
   const SlidingWindowBackward& p_;
-  Stage<SlidingWindowBackward> stage_;
+  const WindowProblem& problem_;
+  int64_t piece_;
+  Stage<SlidingWindowBackward> stage_, sinks_;
 };
 
 class WindowStepCall {
@@ -204,13 +256,7 @@ class WindowStepCall {
       task.valid_stride = p_.ring.valid.stride[1];
       if (problem_.sinks > 0) {
         task.q_sink = row_of(p_.q_sink, n, head);
-        task.k_sink = rows_of(p_.k_sink, n, kv_head, 0);
-        task.v_sink = rows_of(p_.v_sink, n, kv_head, 0);
-        if (present(p_.sink_position)) {
-          task.sink_position =
-              static_cast<const int64_t*>(p_.sink_position.data) + n * p_.sink_position.stride[0];
-          task.sink_position_stride = p_.sink_position.stride[1];
-        }
+        set_sinks(p_, n, kv_head, task);
       }
       fill(task, n, head);
       kernels().run_window_step(problem_.is_double, task, memory + thread * scratch_);

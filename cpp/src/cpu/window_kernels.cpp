@@ -23,6 +23,9 @@ int64_t workspace(WindowKernel kernel, const WindowTask& task) {
     case WindowKernel::gate_gradient:
       GateScratch<T>(arena, task);
       break;
+    case WindowKernel::sink_gradient:
+      SinkSums<T>(arena, task);
+      break;
   }
   return arena.used();
 }
@@ -40,6 +43,9 @@ void run(WindowKernel kernel, const WindowTask& task, void* memory) {
       break;
     case WindowKernel::gate_gradient:
       gate_gradient<T>(task, arena);
+      break;
+    case WindowKernel::sink_gradient:
+      sink_gradient<T>(task, arena);
       break;
   }
 }

@@ -22,6 +22,12 @@ struct WindowTask {
   Column log_sum;  // log of the sum of exp over the visible keys
   Rows local;      // y of the window alone, in the compute type; optional if y is that already
 
+  // Sinks, seen by query t if its position start + t is `reach` or more past theirs (or before
+  // theirs, not causal), or by all. `reach` is the window, not cut to the keys there are.
+  Rows q_sink, k_sink, v_sink;
+  const int64_t* sink_position = nullptr;
+  int64_t sink_position_stride = 0, sinks = 0, start = 0, reach = 1;
+
   // With a gate: y = share * local + rest * global, (share, rest) from the softmax of its row.
   Rows gate;    // (1 + latents) logits
   Rows global;  // compute type; in: the latents' output, out: y
@@ -36,6 +42,11 @@ struct WindowTask {
   Column d_latents;  // gradient of the log of the latents' sum
   Rows d_global;     // rest * dy
   Rows d_zeroth;     // one channel: gradient of column 0
+
+  Rows dq_sink, dk_sink, dv_sink;
+  // Sums of the last two over pieces of the sequence of sink_piece queries. Cuts are at their ends.
+  void* sink_sums = nullptr;
+  int64_t sink_piece = 1, sink_sums_bytes = 0;
 };
 
 // One token of one key/value head. The ring's slots lie along stride_t of k_ring and v_ring.
@@ -55,7 +66,8 @@ struct WindowStepTask {
 enum class WindowKernel : int32_t {
   forward,
   gate_gradient,  // share, delta, d_latents, d_global and d_zeroth of a task with a gate
-  backward,       // dq, dk, dv
+  backward,       // dq, dk, dv, dq_sink and sink_sums
+  sink_gradient,  // dk_sink and dv_sink from sink_sums, whose bytes per piece are its workspace
 };
 
 }  // namespace latte::cpu

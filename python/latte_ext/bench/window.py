@@ -27,6 +27,8 @@ from .cases import HEADS, WIDTH, Bench, optional_calls
 from .measure import Call, ratios, shares, spread, times
 
 WINDOW = 128
+# Mask, borders, and sinks with their positions and start.
+_ABSENT = (None, None, None, None, None, None, None)
 
 
 class Problem:
@@ -43,14 +45,14 @@ class Problem:
 
     def forward(self, threads: int) -> None:
         _core.sliding_window_forward(
-            self.q, self.k, self.v, None, None, self.y, self.log_sum, None, self.window, 0, True,
+            self.q, self.k, self.v, *_ABSENT, self.y, self.log_sum, None, self.window, 0, True,
             WIDTH**-0.5, 0.0, threads,
         )  # fmt: skip
 
     def backward(self, threads: int) -> None:
         _core.sliding_window_backward(
-            self.q, self.k, self.v, None, None, self.log_sum, self.y, self.dy, None, self.dq,
-            self.dk, self.dv, self.window, 0, True, WIDTH**-0.5, 0.0, threads,
+            self.q, self.k, self.v, *_ABSENT, self.log_sum, self.y, self.dy, None, self.dq,
+            self.dk, self.dv, None, None, None, self.window, 0, True, WIDTH**-0.5, 0.0, threads,
         )  # fmt: skip
 
     def operations(self, name: str) -> float:
