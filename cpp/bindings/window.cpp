@@ -269,4 +269,3 @@ void define_window(py::module_& m) {
 }
 
 }  // namespace latte::python
-

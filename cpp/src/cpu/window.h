@@ -299,7 +299,7 @@ class WindowForward {
     prefetch_.pace(band_.tiles<T>());
   }
 
-  // The first of the blocks, so that there are no sums to rescale before the second one of it.
+  // Before the keys: the first block of sinks then finds no sums to rescale.
   void sinks(int64_t first, int64_t n) {
     sinks_.load_queries(first, n, 0);
     for (int64_t begin = 0; begin < task_.sinks; begin += kK) {
