@@ -27,7 +27,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "heads, one latent head": {"features": "heads", "latent_heads": 1},
     "conv": {"mixer": "conv"},
     "rglru": {"mixer": "rglru"},
-    "no decay": {"decay": False},
+    "decay": {"decay": True},
     "gain and output": {"value_gain": True, "output_rank": 3},
     "no sinks": {"sinks": 0},
     "window and sinks alone": {"latents": 0},

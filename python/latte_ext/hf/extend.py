@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--layerwise", int, 0, "steps of a layer-wise warm start")
     option("--length", int, 16384, "tokens of an evaluated document")
     option("--seed", int, 0, "of weights and texts")
+    parser.add_argument("--decay", action="store_true", help="latents that forget at trained rates")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--skip-full", action="store_true", help="do not run full attention")
 
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"{texts.shape[0]:,} tokens of {len(files)} files to train on", flush=True)
     convert(
         model, window=args.window, sinks=args.sinks, latents=args.latents, mixer=args.mixer,
-        gate=args.gate, output_rank=args.output_rank, layers=choose_layers(model, texts, args),
+        gate=args.gate, output_rank=args.output_rank, decay=args.decay,
+        layers=choose_layers(model, texts, args),
     )  # fmt: skip
     print(f"layers with latents: {model.config.latte['layers']}", flush=True)
     speed = train(model, texts, args)

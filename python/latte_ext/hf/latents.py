@@ -52,11 +52,10 @@ class LatentBranch(nn.Module):
     ) -> None:
         super().__init__()
         self.settings, self.shape = settings, shape
-        self.decay = causal if settings.decay is None else settings.decay
-        if self.decay and not causal:
+        if settings.decay and not causal:
             raise ValueError(
                 "[convert] decay is True for a layer that attends in both directions, expected "
-                "None or False"
+                "False"
             )
         latents, choices = settings.latents, 1 + settings.latents
         self.latent_heads = settings.latent_heads or shape.kv_heads
@@ -81,7 +80,7 @@ class LatentBranch(nn.Module):
             self.q_weight = weight(shape.heads, shape.head_dim, choices)
             self.k_weight = weight(shape.kv_heads, shape.head_dim, latents)
         self.q_bias = weight(shape.heads, choices)
-        if self.decay:
+        if settings.decay:
             self.log_rate = weight(self.latent_heads, latents)
         self.mixer: ShortConv | RGLRU | None = None
         if settings.mixer == "conv":
@@ -111,7 +110,7 @@ class LatentBranch(nn.Module):
         nn.init.normal_(self.k_weight, std=std)
         self.q_bias.zero_()
         self.q_bias[:, 0] = settings.gate + math.log(max(settings.latents, 1))
-        if self.decay:
+        if settings.decay:
             # Horizons of 1 to 64 windows, and one that is as good as infinite.
             span = torch.linspace(0, math.log(64), max(settings.latents - 1, 1))
             self.log_rate.copy_(F.pad(-math.log(settings.window) - span, (0, 1), value=-20.0)[
@@ -184,7 +183,7 @@ class LatentBranch(nn.Module):
                 k_latent = k_latent.sum(1, keepdim=True)
         # The sum with a float32 bias is float32: half precision would round the gate's logit.
         q_latent = q_latent + self.q_bias[:, None]
-        if self.decay:
+        if self.settings.decay:
             rate = self.log_rate.exp()[:, None]
             k_latent = torch.addcmul(k_latent.float(), position[:, None, :, None].float(), rate)
         return q_latent, k_latent

@@ -31,7 +31,7 @@ class LatteSettings:
         conv_width: K of the convolution.
         decay: a rate of forgetting per latent, trained: the key logit of token s grows by the rate
             per token, so that old tokens weigh less. They start between 1/window and
-            1/(64 window), the last latent of each head at almost 0. None: in causal layers.
+            1/(64 window), the last latent of each head at almost 0. Causal models only.
         gate: c; a layer starts with p(0|t) = 1 / (1 + exp(-c)) for its window.
         value_gain: train a factor per channel on the values that the latents average.
         output_rank: rank of a trained addition to the output projection (LoRA, arXiv 2106.09685).
@@ -49,7 +49,7 @@ class LatteSettings:
     features: Features = "hidden"
     mixer: Mixer = "none"
     conv_width: int = 4
-    decay: bool | None = None
+    decay: bool = False
     gate: float = 5.0
     value_gain: bool = False
     output_rank: int = 0
