@@ -127,13 +127,6 @@ inline void short_conv_backward(const py::object& x, const py::object& weight,
   call(latte::short_conv_backward, p, threads);
 }
 
-// A contiguous tensor of that shape and type that nobody writes.
-inline Tensor output_like(const Tensor& x) {
-  Tensor y = x;
-  for (int i = 2; i >= 0; --i) y.stride[i] = i == 2 ? 1 : y.stride[i + 1] * y.shape[i + 1];
-  return y;
-}
-
 inline void linear_recurrence_check(const py::object& a, const py::object& b,
                                     const py::object& cu_seqlens, const py::object& h0) {
   LinearRecurrenceForward p;

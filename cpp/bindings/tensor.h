@@ -103,4 +103,15 @@ inline Tensor tensor_from_torch(const py::handle& object, bool read = true) {
   return t;
 }
 
+// A contiguous tensor of that shape and type that nobody writes.
+inline Tensor output_like(const Tensor& x) {
+  Tensor y = x;
+  int64_t stride = 1;
+  for (int64_t i = x.rank < 4 ? x.rank - 1 : 3; i >= 0; --i) {
+    y.stride[i] = stride;
+    stride *= x.shape[i];
+  }
+  return y;
+}
+
 }  // namespace latte::python

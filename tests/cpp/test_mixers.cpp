@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "workspace.h"
 
 namespace testing_latte {
 namespace {
@@ -91,17 +92,6 @@ void expect_near(const char* name, const Vector& got, const Vector& want, DType 
       return;
     }
   }
-}
-
-// Runs a call in a workspace of exactly the promised size, poisoned, at an odd address.
-template <class Params>
-void run(void (*function)(const Params&, void*, int), const Params& params, int threads) {
-  const int64_t bytes = latte::workspace_bytes(params, threads);
-  std::vector<unsigned char> memory(bytes + 512, 0xFF);
-  function(params, memory.data() + 257, threads);
-  for (int64_t i = 0; i < static_cast<int64_t>(memory.size()); ++i)
-    if ((i < 257 || i >= 257 + bytes) && memory[i] != 0xFF)
-      FAIL() << "workspace of " << bytes << " bytes written at byte " << i - 257;
 }
 
 struct Scan {
