@@ -5,6 +5,7 @@
 #include "call.h"
 #include "latte/latte.h"
 #include "mixers.h"
+#include "rotate.h"
 #include "tensor.h"
 
 namespace latte::python {
@@ -176,6 +177,7 @@ PYBIND11_MODULE(_core, m) {
         "Updates the state in place and returns y; None, and nothing written, unless every "
         "argument is a plain CPU tensor and they fit together.");
   define_mixers(m);
+  define_rotate(m);
   define_window(m);
   m.def("version", &latte::version, "Version of the core.");
   m.def("cpu_isa", &latte::cpu_isa, "Instruction set of the CPU kernels in use.");

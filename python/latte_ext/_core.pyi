@@ -362,3 +362,17 @@ def macchiato_step(
     latent_scale: float,
     threads: int,
 ) -> None: ...
+def rotate(
+    x: Tensor,
+    position: Tensor,
+    rates: Tensor | None,
+    y: Tensor,
+    base: float,
+    dim: int,
+    interleaved: bool,
+    inverse: bool,
+    threads: int,
+) -> None: ...
+def rotate_check(
+    x: Tensor, position: Tensor, rates: Tensor | None, base: float, dim: int
+) -> None: ...

@@ -120,6 +120,12 @@ TEST(Allocations, NoneInTheStepsOfOtherLayers) {
   convolution.x = row.tensor(), convolution.weight = weight.tensor(), convolution.y = out.tensor();
   convolution.initial = convolution.final = tail.tensor();
   expect_none(convolution, latte::short_conv_forward);
+
+  const Array token = f32({n, heads, 1, width}), at = zeros(DType::int64, {n, 1});
+  latte::Rotate rotation;
+  rotation.x = rotation.y = token.tensor(), rotation.position = at.tensor();
+  rotation.dim = width / 2 * 2;
+  expect_none(rotation, latte::rotate);
 }
 
 }  // namespace

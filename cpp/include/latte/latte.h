@@ -236,6 +236,19 @@ struct MacchiatoStep {
   SlidingWindowStep window;
 };
 
+// Pair i of the first `dim` channels, turned by the angle position * rate of i: rotary embeddings
+// (arXiv 2104.09864). The gradient of x is dy rotated by the inverse. Angles are float64.
+struct Rotate {
+  Tensor x;         // (B,H,T,D)
+  Tensor position;  // (T,) or (B,T) int64
+  Tensor rates;     // optional (dim/2,) float32 or float64, instead of base^(-2i/dim)
+  Tensor y;         // (B,H,T,D) in x's type; it may be x itself
+  double base = 10000.0;
+  int64_t dim = 0;           // even, at most D; the other channels are copied
+  bool interleaved = false;  // pairs are channels (2i, 2i + 1) instead of (i, i + dim/2)
+  bool inverse = false;      // by the negative angle
+};
+
 class LATTE_EXPORT Error : public std::runtime_error {
  public:
   enum class Kind { value, type, runtime };
@@ -260,6 +273,7 @@ LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowStep& params, int thread
 LATTE_EXPORT int64_t workspace_bytes(const MacchiatoForward& params, int threads);
 LATTE_EXPORT int64_t workspace_bytes(const MacchiatoBackward& params, int threads);
 LATTE_EXPORT int64_t workspace_bytes(const MacchiatoStep& params, int threads);
+LATTE_EXPORT int64_t workspace_bytes(const Rotate& params, int threads);
 
 // `workspace` holds at least workspace_bytes(params, threads) bytes. threads >= 1.
 LATTE_EXPORT void latent_attention_forward(const LatentAttentionForward& params, void* workspace,
@@ -287,6 +301,7 @@ LATTE_EXPORT void sliding_window_step(const SlidingWindowStep& params, void* wor
 LATTE_EXPORT void macchiato_forward(const MacchiatoForward& params, void* workspace, int threads);
 LATTE_EXPORT void macchiato_backward(const MacchiatoBackward& params, void* workspace, int threads);
 LATTE_EXPORT void macchiato_step(const MacchiatoStep& params, void* workspace, int threads);
+LATTE_EXPORT void rotate(const Rotate& params, void* workspace, int threads);
 
 LATTE_EXPORT const char* version();
 // The instruction set of the kernels in use: "baseline", "x86-64-v3", "x86-64-v4" or "neon".

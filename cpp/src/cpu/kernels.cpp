@@ -6,6 +6,7 @@
 #include "cpu/causal.h"
 #include "cpu/peak.h"
 #include "cpu/recurrence.h"
+#include "cpu/rotate.h"
 #include "cpu/short_conv.h"
 #include "cpu/step.h"
 #include "cpu/window_kernels.h"
@@ -143,6 +144,15 @@ const cpu::KernelTable& table() {
       run_window,
       window_step_workspace_bytes,
       run_window_step,
+      [](bool is_double, const RotateTask& task) {
+        return is_double ? Rotation<double>(task, Arena(nullptr)).bytes()
+                         : Rotation<float>(task, Arena(nullptr)).bytes();
+      },
+      [](bool is_double, const RotateTask& task, void* memory) {
+        is_double ? Rotation<double>(task, Arena(memory)).run()
+                  : Rotation<float>(task, Arena(memory)).run();
+        if (task.stream) stream_fence();
+      },
   };
   return kTable;
 }

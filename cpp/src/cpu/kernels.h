@@ -77,6 +77,8 @@ struct ConvolutionTask;
 struct WindowTask;
 struct WindowStepTask;
 enum class WindowKernel : int32_t;
+// Of rotate_task.h.
+struct RotateTask;
 
 struct KernelTable {
   const char* isa;
@@ -99,6 +101,8 @@ struct KernelTable {
   void (*run_window)(WindowKernel kernel, bool is_double, const WindowTask& task, void* workspace);
   int64_t (*window_step_workspace_bytes)(bool is_double, const WindowStepTask& task);
   void (*run_window_step)(bool is_double, const WindowStepTask& task, void* workspace);
+  int64_t (*rotate_bytes)(bool is_double, const RotateTask& task);
+  void (*rotate)(bool is_double, const RotateTask& task, void* workspace);
 };
 
 // The table in use, chosen on the first call.

@@ -112,10 +112,18 @@ template <>
 LATTE_INLINE bool any_greater(VecF a, VecF b) {
   return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
 }
+template <>
+LATTE_INLINE bool any_greater(VecD a, VecD b) {
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_GT_OQ) != 0;
+}
 #elif LATTE_VECTOR_BYTES == 32
 template <>
 LATTE_INLINE bool any_greater(VecF a, VecF b) {
   return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+}
+template <>
+LATTE_INLINE bool any_greater(VecD a, VecD b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)) != 0;
 }
 #elif defined(__aarch64__)
 template <>
@@ -272,6 +280,37 @@ LATTE_INLINE VecD interleave_low(VecD a, VecD b) { return VecD{a[0], b[0]}; }
 LATTE_INLINE VecD interleave_high(VecD a, VecD b) { return VecD{a[1], b[1]}; }
 #endif
 
+// [a1, a0, a3, a2, ...]
+#if LATTE_VECTOR_BYTES == 64
+LATTE_INLINE VecF swap_neighbours(VecF a) {
+  return __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14);
+}
+LATTE_INLINE VecD swap_neighbours(VecD a) {
+  return __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6);
+}
+#elif LATTE_VECTOR_BYTES == 32
+LATTE_INLINE VecF swap_neighbours(VecF a) {
+  return __builtin_shufflevector(a, a, 1, 0, 3, 2, 5, 4, 7, 6);
+}
+LATTE_INLINE VecD swap_neighbours(VecD a) { return __builtin_shufflevector(a, a, 1, 0, 3, 2); }
+#else
+LATTE_INLINE VecF swap_neighbours(VecF a) { return __builtin_shufflevector(a, a, 1, 0, 3, 2); }
+LATTE_INLINE VecD swap_neighbours(VecD a) { return __builtin_shufflevector(a, a, 1, 0); }
+#endif
+
+// The lanes of `low`, then those of `high`.
+LATTE_INLINE VecF narrow(VecD low, VecD high) {
+  typedef float Half __attribute__((vector_size(LATTE_VECTOR_BYTES / 2)));
+  const Half a = __builtin_convertvector(low, Half), b = __builtin_convertvector(high, Half);
+#if LATTE_VECTOR_BYTES == 64
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#elif LATTE_VECTOR_BYTES == 32
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7);
+#else
+  return __builtin_shufflevector(a, b, 0, 1, 2, 3);
+#endif
+}
+
 // exp(x) for x <= 88, below 2.5 + |x| / 20 ulp, from x = n log(2) + r. n times the float
 // nearest to log(2) is exact in a fused multiply-add, and that float is right to 1.9e-9: no second
 // step is needed. exp(0) == 1 exactly (a kept key must not decay), exp(-inf) == 0; NaN passes.
@@ -414,6 +453,83 @@ LATTE_INLINE Vec<T> sigmoid(Vec<T> x, Vec<T>& rest) {
   const Vec<T> value = reciprocal(1 + e);
   rest = e * value;
   return value;
+}
+
+// An angle is n pi/2 + the rest, |rest| <= pi/4 = 0.79, for |angle| <= kMaxAngle: there n < 2^20,
+// and n times the first 33 bits of pi/2 is exact, with or without fused multiply-add.
+inline constexpr double kMaxAngle = 1.6e6;
+// Adding 1.5 * 2^52 rounds to an integer and leaves it in the low bits.
+inline constexpr double kToInteger = 0x1.8p52;
+LATTE_INLINE VecD split_angle(VecD angle, VecD& n) {
+  n = (angle * 0.636619772367581343 + kToInteger) - kToInteger;
+  return (angle - n * 0x1.921fb544p0) - n * 0x1.0b4611a626331p-34;
+}
+
+// sin and cos of n pi/2 + rest from those of the rest. Odd n swap the two; bit 1 of n negates the
+// sine, that of n + 1 the cosine.
+template <class T, class VecI>
+LATTE_INLINE Vec<T> turn_by_quadrants(VecI n, Vec<T> sine, Vec<T>& cosine) {
+  constexpr int kToSign = sizeof(T) * 8 - 2;
+  const VecI odd = -(n & 1), s = (VecI)sine, c = (VecI)cosine;
+  cosine = (Vec<T>)(((c & ~odd) | (s & odd)) ^ (((n + 1) & 2) << kToSign));
+  return (Vec<T>)(((s & ~odd) | (c & odd)) ^ ((n & 2) << kToSign));
+}
+
+// sin(x), and cos(x) in `cosine`, to 3e-16 by Taylor's polynomials of the rest; the library's
+// functions beyond kMaxAngle.
+LATTE_INLINE VecD sin_cos(VecD x, VecD& cosine) {
+  if (any_greater(max(x, -x), splat(kMaxAngle))) {
+    double s[kLanes<double>], c[kLanes<double>];
+    for (int64_t i = 0; i < kLanes<double>; ++i) {
+      s[i] = __builtin_sin(x[i]);
+      c[i] = __builtin_cos(x[i]);
+    }
+    cosine = load(c);
+    return load(s);
+  }
+  VecD n;
+  const VecD r = split_angle(x, n), r2 = r * r;
+  VecD s = -r2 * (1 / 1307674368000.0) + 1 / 6227020800.0;
+  s = s * r2 - 1 / 39916800.0;
+  s = s * r2 + 1 / 362880.0;
+  s = s * r2 - 1 / 5040.0;
+  s = s * r2 + 1 / 120.0;
+  s = s * r2 - 1 / 6.0;
+  s = s * r2 * r + r;
+  VecD c = r2 * (1 / 20922789888000.0) - 1 / 87178291200.0;
+  c = c * r2 + 1 / 479001600.0;
+  c = c * r2 - 1 / 3628800.0;
+  c = c * r2 + 1 / 40320.0;
+  c = c * r2 - 1 / 720.0;
+  c = c * r2 + 1 / 24.0;
+  c = c * r2 - 0.5;
+  cosine = c * r2 + 1.0;
+  return turn_by_quadrants<double>((VectorOf<double>::integer)(n + kToInteger), s, cosine);
+}
+
+// The same in float, to 1e-7, of angles in double: `low`, then `high`. In half the time.
+LATTE_INLINE VecF sin_cos(VecD low, VecD high, VecF& cosine) {
+  const VecD largest = max(max(low, -low), max(high, -high));
+  if (any_greater(largest, splat(kMaxAngle))) {
+    VecD cosine_low, cosine_high;
+    const VecD sine_low = sin_cos(low, cosine_low), sine_high = sin_cos(high, cosine_high);
+    cosine = narrow(cosine_low, cosine_high);
+    return narrow(sine_low, sine_high);
+  }
+  VecD n_low, n_high;
+  const VecD r_low = split_angle(low, n_low), r_high = split_angle(high, n_high);
+  const VecF r = narrow(r_low, r_high), r2 = r * r;
+  VecF s = r2 * (1 / 362880.0f) - 1 / 5040.0f;
+  s = s * r2 + 1 / 120.0f;
+  s = s * r2 - 1 / 6.0f;
+  s = s * r2 * r + r;
+  VecF c = -r2 * (1 / 3628800.0f) + 1 / 40320.0f;
+  c = c * r2 - 1 / 720.0f;
+  c = c * r2 + 1 / 24.0f;
+  c = c * r2 - 0.5f;
+  cosine = c * r2 + 1.0f;
+  const auto n = __builtin_convertvector(narrow(n_low, n_high), VectorOf<float>::integer);
+  return turn_by_quadrants<float>(n, s, cosine);
 }
 
 #if LATTE_VECTOR_BYTES == 64
