@@ -16,11 +16,13 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
     "cu_seqlens": (torch.int32, torch.int64),
     "fresh": (torch.bool,),
     "key_mask": (torch.bool,),
+    "position": (torch.int64,),
+    "rates": (torch.float32, torch.float64),
 }
 
 
 def check_tensors(op: str, required: dict[str, Tensor], **optional: Tensor | None) -> None:
-    """Types, devices and layouts; `cu_seqlens` holds integers, `fresh` and `key_mask` bools.
+    """Types, devices and layouts; what is not listed in _DTYPES is floating point.
 
     Raises:
         TypeError: types, dtypes and layouts; RuntimeError: devices.

@@ -39,6 +39,7 @@ from torch import Tensor
 from ._reference_mixers import linear_recurrence as linear_recurrence
 from ._reference_mixers import rg_lru as rg_lru
 from ._reference_mixers import short_conv as short_conv
+from ._reference_rotary import rotate as rotate
 
 StateTensors = tuple[Tensor, Tensor, Tensor]
 

@@ -7,7 +7,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ._checks import check_flags, check_rank
+from . import _core, _rotary_ops
+from . import _reference_rotary as reference
+from ._checks import (
+    Backend,
+    check_backend,
+    check_by_core,
+    check_flags,
+    check_rank,
+    check_tensors,
+    check_type,
+)
+from ._register import is_differentiated
 
 
 def positions(
@@ -40,60 +51,60 @@ def rotate(
     x: Tensor,
     position: Tensor,
     *,
-    base: float = 10000.0,
+    base: float | None = None,
     rates: Tensor | None = None,
     dim: int | None = None,
     interleaved: bool = False,
     inverse: bool = False,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Rotates pair i of the last dimension by the angle position / base^(2 i / dim).
+    """Rotates pair i of the last dimension by the angle position * rates[i].
 
-    A rotation of values before a scan and its inverse afterwards (VAPOR) is
-    y_t = R^-t sum_s p(s|t) R^s v_s.
+    The rotary embedding of queries and keys (arXiv 2104.09864, section 3.2.2). A rotation of values
+    before a scan and its inverse afterwards (VAPOR) is y_t = R^-t sum_s p(s|t) R^s v_s.
 
     Args:
-        x: (B,H,T,D).
-        position: (T,), or (B,T).
-        base: of the wave lengths, from 2 pi to 2 pi base.
+        x: (B,H,T,D). float32, bfloat16, float16 or float64. Any strides are accepted.
+        position: (T,) or (B,T) int64, negative ones too.
+        base: rates[i] = base^(-2i/dim), wave lengths from 2 pi to 2 pi base; None: 10,000.
+        rates: (dim/2,) float32 or float64 instead of a base, for scaled frequencies.
         dim: how many of the D channels are rotated, an even number; None: all.
         interleaved: whether a pair is two neighbours, (2i, 2i+1), or (i, i + dim/2).
         inverse: rotate back.
+        backend: None chooses by device; "cpu", "cuda", or "reference" (plain torch).
 
     Returns:
-        (B,H,T,D) in x's dtype, computed in float32 (float64 for float64 inputs).
+        (B,H,T,D) in x's dtype and order of memory, computed in float32 (float64 for float64
+        inputs) by angles in float64. Gradients reach x.
 
     Raises:
-        ValueError: shapes; TypeError: flags.
+        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices, or
+        rates that require grad while grad mode is on.
     """
     op = "rotate"
+    check_tensors(op, {"x": x, "position": position}, rates=rates)
     check_flags(op, interleaved=interleaved, inverse=inverse)
-    check_rank(op, 4, x=x)
-    dim = x.shape[3] if dim is None else dim
-    if dim % 2 or not 0 <= dim <= x.shape[3]:
-        raise ValueError(
-            f"[{op}] dim is {dim}, expected an even number of at most {x.shape[3]} channels"
+    check_backend(op, "x", x, backend)
+    if base is None:
+        base = 10000.0
+    elif rates is not None:
+        raise ValueError(f"[{op}] got base and rates, expected one of them")
+    elif not isinstance(base, (int, float)):
+        raise TypeError(f"[{op}] base is a {type(base).__name__}, expected a float")
+    if dim is not None:
+        check_type(op, "dim", dim, int)
+    if backend == "reference":
+        check_rank(op, 4, x=x)
+        whole = x.shape[3] if dim is None else dim
+        check_by_core(lambda _: _core.rotate_check(x, position, rates, base, whole), None)
+        return reference.rotate(
+            x, position, base=base, rates=rates, dim=dim, interleaved=interleaved, inverse=inverse
         )
-    if position.shape not in (x.shape[2:3], (x.shape[0], x.shape[2])):
-        raise ValueError(
-            f"[{op}] position has shape {tuple(position.shape)}, "
-            f"expected {tuple(x.shape[2:3])} or {(x.shape[0], x.shape[2])}"
+    if is_differentiated(rates):
+        raise RuntimeError(
+            f"[{op}] got rates that require grad, expected constants: use backend='reference' for "
+            "their gradient"
         )
-    if dim == 0:
-        return x
-    # Angles in float64: at position 1,000,000 a float32 angle is off by 0.03.
-    if rates is None:
-        rates = base ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=x.device) / dim)
-    angle = position.to(torch.float64).unsqueeze(-1) * rates
-    angle = angle if angle.dim() == 2 else angle.unsqueeze(1)
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = angle.cos().to(wide), angle.sin().to(wide)
-    if inverse:
-        sin = -sin
-    turned, rest = x[..., :dim].to(wide), x[..., dim:]
-    if interleaved:
-        first, second = turned.unflatten(-1, (-1, 2)).unbind(-1)
-    else:
-        first, second = turned.chunk(2, -1)
-    pair = (first * cos - second * sin, first * sin + second * cos)
-    rotated = torch.stack(pair, -1).flatten(-2) if interleaved else torch.cat(pair, -1)
-    return torch.cat([rotated.to(x.dtype), rest], -1) if rest.shape[-1] else rotated.to(x.dtype)
+    return _rotary_ops.rotate(  # type: ignore[no-any-return]
+        x, position, rates, base, dim, interleaved, inverse
+    )

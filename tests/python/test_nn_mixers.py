@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""nn.RGLRU, nn.ShortConv and the rotations."""
+"""nn.RGLRU and nn.ShortConv."""
 
 from typing import Any
 
@@ -7,8 +7,7 @@ import pytest
 import torch
 from latte_ext import rg_lru
 from latte_ext.nn import RGLRU, ShortConv
-from latte_ext.rotary import positions, rotate
-from torch import Tensor, nn
+from torch import nn
 
 TOKENS, CHANNELS = 17, 12
 
@@ -165,61 +164,3 @@ def test_bad_arguments() -> None:
         ShortConv(5)(
             x, key_mask=torch.ones(1, 3).bool(), cu_seqlens=torch.tensor([0, 3]), return_state=True
         )
-
-
-# Rotations ---------------------------------------------------------------------------------------
-
-
-def test_positions() -> None:
-    assert positions(3, offset=4).tolist() == [4, 5, 6]
-    assert positions(2, offset=torch.tensor([0, 9])).tolist() == [[0, 1], [9, 10]]
-    borders = torch.tensor([0, 2, 2, 5], dtype=torch.int32)
-    assert positions(5, cu_seqlens=borders).tolist() == [0, 1, 0, 1, 2]
-    offset = torch.tensor([7, 50, 1])
-    assert positions(5, offset=offset, cu_seqlens=borders).tolist() == [7, 8, 1, 2, 3]
-
-
-@pytest.mark.parametrize("interleaved", [False, True])
-@pytest.mark.parametrize("dim", [None, 4, 0])
-def test_rotation(interleaved: bool, dim: int | None) -> None:
-    """Complex multiplication by exp(i angle); undone by its inverse; scores see distances only."""
-    x = torch.randn(2, 3, TOKENS, 8, dtype=torch.float64)
-    position = positions(TOKENS, offset=torch.tensor([0, 1000]))
-    y = rotate(x, position, dim=dim, interleaved=interleaved)
-    size = 8 if dim is None else dim
-    torch.testing.assert_close(
-        rotate(y, position, dim=dim, interleaved=interleaved, inverse=True), x
-    )
-    rates = 10000.0 ** (-torch.arange(0, size, 2).double() / max(size, 1))
-    turn = torch.polar(torch.ones(()).double(), position[:, None, :, None] * rates)
-
-    def pairs(z: Tensor) -> Tensor:
-        z = z[..., :size]
-        if interleaved:
-            return torch.complex(z[..., ::2], z[..., 1::2])
-        return torch.complex(*z.chunk(2, -1))
-
-    torch.testing.assert_close(pairs(y), pairs(x) * turn)
-    assert torch.equal(y[..., size:], x[..., size:])
-    shifted = rotate(x, position + 77, dim=dim, interleaved=interleaved)
-    torch.testing.assert_close(y @ y.transpose(2, 3), shifted @ shifted.transpose(2, 3))
-
-
-def test_rotation_of_far_positions() -> None:
-    """Angles are exact to float32 at any position."""
-    x = torch.randn(1, 1, 1, 64)
-    far = torch.tensor([1_000_003])
-    torch.testing.assert_close(
-        rotate(x, far).double(), rotate(x.double(), far), atol=1e-6, rtol=1e-6
-    )
-    assert rotate(x.bfloat16(), far).dtype == torch.bfloat16
-
-
-def test_bad_rotations() -> None:
-    x = torch.randn(2, 3, 5, 7)
-    with pytest.raises(ValueError, match=r"\[rotate\] dim is 7, expected an even"):
-        rotate(x, positions(5))
-    with pytest.raises(ValueError, match=r"\[rotate\] position has shape \(4,\), expected \(5,\)"):
-        rotate(x, positions(4), dim=6)
-    with pytest.raises(ValueError, match=r"\[rotate\] x has shape \(3, 5, 7\), expected 4"):
-        rotate(x[0], positions(5))

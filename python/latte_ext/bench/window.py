@@ -162,7 +162,7 @@ def macchiato(bench: Bench) -> None:
 
 @torch.inference_mode()
 def rotations(bench: Bench) -> None:
-    """Rotations in plain torch over the attention that they serve, through the public functions."""
+    """Rotations over the attention that they serve, through the public functions."""
     tokens = bench.sizes.tokens
     q, k, v = torch.randn(3, 1, HEADS, tokens, WIDTH).unbind()
     position = positions(tokens)

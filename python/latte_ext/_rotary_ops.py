@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operator of rotations. Its gradient is the inverse rotation, by the same operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _core
+from ._checks import check_rank
+from ._register import differentiable, register
+
+
+def _fake(x: Tensor, *_: Any) -> Tensor:
+    check_rank("rotate", 4, x=x)
+    # In x's order of memory: a transposed projection stays one.
+    return torch.empty_like(x)
+
+
+def _cpu(
+    x: Tensor,
+    position: Tensor,
+    rates: Tensor | None,
+    base: float,
+    dim: int | None,
+    interleaved: bool,
+    inverse: bool,
+) -> Tensor:
+    y = _fake(x)
+    _core.rotate(
+        x, position, rates, y, base, x.shape[3] if dim is None else dim, interleaved, inverse,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return y
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, position, rates, *ctx.options, ctx.inverse = inputs
+    ctx.save_for_backward(position, rates)
+
+
+def _gradients(ctx: Any, dy: Tensor) -> Any:
+    return rotate(dy, *ctx.saved_tensors, *ctx.options, not ctx.inverse), *[None] * 6
+
+
+rotate = register(
+    "rotate(Tensor x, Tensor position, Tensor? rates, float base, SymInt? dim, bool interleaved, "
+    "bool inverse) -> Tensor y",
+    _cpu, _fake, differentiable(_save, _gradients),
+)  # fmt: skip
