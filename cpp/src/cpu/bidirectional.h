@@ -167,8 +167,8 @@ class Bidirectional {
       prepared.e = s_.p;
       prepared.row_stride = stride_;
       prepared.alpha = s_.alpha;
-      const Keys keys = prepare<T, Operands::keys_only>(n, width_, nullptr, 0, ks.data, ks.stride,
-                                                        norm_, prepared);
+      const Keys keys =
+          prepare<T, Operands::keys_only>(n, width_, ks.data, ks.stride, norm_, prepared);
       if (keys == Keys::raised) mean_.scale_rows(s_.alpha);
       ScanOperands<T> scan = scan_operands<T>(n, mean_, nullptr);
       scan.x = row_blocks_of<const T>(s_.p, stride_);
@@ -191,9 +191,8 @@ class Bidirectional {
 
   // p(l|t) of a chunk into rows p.
   void latent_probabilities(int64_t first, int64_t n) {
-    const RowsInUse<T> qs(q_, first, n, s_.q, stride_);
     alignas(64) T inverse_sums[kChunk];
-    softmax_rows(n, width_, qs.data, qs.stride, s_.p, stride_, inverse_sums);
+    softmax_of(q_, first, n, width_, s_.q, s_.p, stride_, inverse_sums);
     for (int64_t t = 0; t < n; ++t)
       for (int64_t l = 0; l < width_; l += kLanes<T>)
         store(s_.p + t * stride_ + l, load(s_.p + t * stride_ + l) * inverse_sums[t]);

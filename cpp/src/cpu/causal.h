@@ -17,13 +17,14 @@ namespace latte::LATTE_ISA {
 
 template <class T>
 struct CausalForwardScratch {
-  T *q, *k, *p, *ew, *alpha, *v, *y, *r, *z, *top, *state, *own;
+  T *q, *k, *p, *inverse_sums, *ew, *alpha, *v, *y, *r, *z, *top, *state, *own;
 
   CausalForwardScratch(Arena& arena, const HeadTask& task) {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
     q = arena.take<T>(row);
     k = arena.take<T>(row);
     p = arena.take<T>(row);
+    inverse_sums = arena.take<T>(kChunk);
     ew = arena.take<T>(paired_size<T>(width));
     alpha = arena.take<T>(blocked_size<T>(width));
     v = arena.take<T>(kChunk * padded_stride<T>(round_up<T>(task.dim)));
@@ -50,15 +51,16 @@ inline void causal_forward(const HeadTask& task, Arena arena) {
   Prepared<T> prepared;
   prepared.ew = s.ew;
   prepared.p = s.p;
+  prepared.inverse_sums = s.inverse_sums;
   prepared.row_stride = stride;
   prepared.alpha = s.alpha;
   start_state(task.initial, task.latents, task.dim, width, norm, state, false);
 
   for (int64_t first = begin; first < end; first += kChunk) {
     const int64_t n = end - first < kChunk ? end - first : kChunk;
-    const RowsInUse<T> qs(q, first, n, s.q, stride), ks(k, first, n, s.k, stride);
-    const Keys keys = prepare<T, Operands::forward>(n, width, qs.data, qs.stride, ks.data,
-                                                    ks.stride, norm, prepared);
+    softmax_of(q, first, n, width, s.q, s.p, stride, s.inverse_sums);
+    const RowsInUse<T> ks(k, first, n, s.k, stride);
+    const Keys keys = prepare<T, Operands::forward>(n, width, ks.data, ks.stride, norm, prepared);
     if (keys == Keys::raised) state.scale_rows(s.alpha);
     PrefetchList next(tile_count(state));
     ScanOperands<T> scan = scan_operands(n, state, s.y);
@@ -102,6 +104,7 @@ struct CausalShared {
 template <class T>
 struct CausalBackwardScratch {
   T *q, *k, *p, *w, *inverse_z, *dq, *dk;  // rows of L
+  T* inverse_sums;                         // of the rows p
   T *ew, *alpha, *weights, *u;             // e|w paired; blocked over L
   T *v, *dy;                               // rows of D
   T* dv;                                   // blocked over D
@@ -111,6 +114,7 @@ struct CausalBackwardScratch {
   CausalBackwardScratch(Arena& arena, const HeadTask& task) {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
     for (T** p_row : {&q, &k, &p, &w, &inverse_z, &dq, &dk}) *p_row = arena.take<T>(row);
+    inverse_sums = arena.take<T>(kChunk);
     ew = arena.take<T>(paired_size<T>(width));
     for (T** block : {&alpha, &weights, &u}) *block = arena.take<T>(blocked_size<T>(width));
     const int64_t value = kChunk * padded_stride<T>(round_up<T>(task.dim));
@@ -205,18 +209,24 @@ class CausalBackward {
     out.p = s_.p;
     out.w = s_.w;
     out.inverse_z = s_.inverse_z;
+    out.inverse_sums = s_.inverse_sums;
     out.row_stride = stride_;
     out.alpha = s_.alpha;
     return out;
+  }
+
+  template <Operands kOperands>
+  Keys prepare_chunk(int64_t first, int64_t n) {
+    softmax_of(q_, first, n, width_, s_.q, s_.p, stride_, s_.inverse_sums);
+    const RowsInUse<T> ks(k_, first, n, s_.k, stride_);
+    return prepare<T, kOperands>(n, width_, ks.data, ks.stride, norm_, prepared());
   }
 
   void forward_chunk(int64_t first) {
     const int64_t n = tokens_in_chunk(first);
     __builtin_memcpy(border(first), s_.r, width_ * sizeof(T));
     __builtin_memcpy(border(first) + width_, s_.z, width_ * sizeof(T));
-    const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
-    const Keys keys = prepare<T, Operands::gradient_forward>(n, width_, qs.data, qs.stride, ks.data,
-                                                             ks.stride, norm_, prepared());
+    const Keys keys = prepare_chunk<Operands::gradient_forward>(first, n);
     if (keys == Keys::raised) forward_state_.scale_columns(s_.alpha);
     PrefetchList next(tile_count(forward_state_));
     ScanOperands<T> scan = scan_operands(n, forward_state_, s_.u);
@@ -339,9 +349,7 @@ class CausalBackward {
   Keys prepare_reverse(int64_t first, int64_t n) {
     __builtin_memcpy(s_.r, border(first), width_ * sizeof(T));
     __builtin_memcpy(s_.z, border(first) + width_, width_ * sizeof(T));
-    const RowsInUse<T> qs(q_, first, n, s_.q, stride_), ks(k_, first, n, s_.k, stride_);
-    const Keys keys = prepare<T, Operands::gradient_reverse>(n, width_, qs.data, qs.stride, ks.data,
-                                                             ks.stride, norm_, prepared());
+    const Keys keys = prepare_chunk<Operands::gradient_reverse>(first, n);
     enter_frame();
     return keys;
   }

@@ -52,6 +52,14 @@ struct RowsInUse {
   }
 };
 
+// softmax_rows() of n rows of logits, in whatever dtype they are.
+template <class T>
+LATTE_INLINE void softmax_of(const Source<T>& q, int64_t first, int64_t n, int64_t width,
+                             T* scratch, T* p, int64_t stride, T* inverse_sums) {
+  q.with_vectors(first, n, scratch, stride,
+                 [&](const auto& rows) { softmax_rows(n, width, rows, p, stride, inverse_sums); });
+}
+
 // Rows of a result: written in place if possible, else to `scratch` and converted by flush().
 template <class T>
 class RowsResult {
@@ -64,7 +72,9 @@ class RowsResult {
   }
   void flush(int64_t n) const {
     if (sink_.in_place()) return;
-    sink_.write(first_, n, [&](int64_t i, int64_t c) { return load(data + i * stride + c); });
+    sink_.write(first_, n, [rows = data, step = stride](int64_t i, int64_t c) {
+      return load(rows + i * step + c);
+    });
   }
 
   T* data;
@@ -79,7 +89,7 @@ class RowsResult {
 template <class T>
 LATTE_INLINE void flush_blocks(const Sink<T>& sink, int64_t first, int64_t n, const T* blocks) {
   if (sink.in_place()) return;
-  sink.write(first, n, [&](int64_t i, int64_t c) { return load(blocked(blocks, i, c)); });
+  sink.write(first, n, [=](int64_t i, int64_t c) { return load(blocked(blocks, i, c)); });
 }
 
 template <class T>

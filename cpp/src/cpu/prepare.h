@@ -54,20 +54,22 @@ struct Prepared {
   T* ew = nullptr;
   T* blocked = nullptr;
   T *p = nullptr, *w = nullptr, *inverse_z = nullptr, *e = nullptr;
-  int64_t row_stride = 0;  // of p, w, inverse_z and e
-  T* alpha = nullptr;      // blocked; row 0 alone for a raised chunk
+  int64_t row_stride = 0;           // of p, w, inverse_z and e
+  const T* inverse_sums = nullptr;  // of the rows p, which are not normalised yet
+  T* alpha = nullptr;               // blocked; row 0 alone for a raised chunk
 };
 
-// exp(q - max q) of one row into p, and 1 / its sum: 0 for a row without a usable latent.
-template <class T>
-inline T softmax_row(int64_t width, const T* q, T* p) {
-  Vec<T> m = load(q);
-  for (int64_t l = kLanes<T>; l < width; l += kLanes<T>) m = max(m, load(q + l));
+// exp(q - max q) of one row, given as vectors q(l), into p, and 1 / its sum: 0 for a row without a
+// usable latent.
+template <class T, class Q>
+inline T softmax_vectors(int64_t width, const Q& q, T* p) {
+  Vec<T> m = q(0);
+  for (int64_t l = kLanes<T>; l < width; l += kLanes<T>) m = max(m, q(l));
   const T highest = reduce_max<T>(m);
   const Vec<T> top = splat(highest >= kLowest<T> || highest != highest ? highest : T(0));
   Vec<T> sum = {};
   for (int64_t l = 0; l < width; l += kLanes<T>) {
-    const Vec<T> e = exp(load(q + l) - top);
+    const Vec<T> e = exp(q(l) - top);
     sum += e;
     store(p + l, e);
   }
@@ -75,27 +77,31 @@ inline T softmax_row(int64_t width, const T* q, T* p) {
   return total == 0 ? 0 : 1 / total;
 }
 
-// The same for a chunk of rows. They share the maximum of the first one, never of a later one, so
-// that the future cannot change a bit of the past; that takes the reductions and divisions out of
-// the rows (58 -> 37 cycles per token at L = 64, 100 -> 58 with AVX2). A row whose sum then is
-// small, large or NaN is done again alone, so that the two maxima differ by log(64 L) at most and
-// the error of q - top stays below 5e-7.
 template <class T>
-inline void softmax_rows(int64_t n, int64_t width, const T* q, int64_t q_stride, T* p,
-                         int64_t p_stride, T* inverse_sums) {
+inline T softmax_row(int64_t width, const T* q, T* p) {
+  return softmax_vectors(width, [&](int64_t l) { return load(q + l); }, p);
+}
+
+// The same for a chunk of rows q(t, l). They share the maximum of the first one, never of a later
+// one, so that the future cannot change a bit of the past; that takes the reductions and divisions
+// out of the rows (58 -> 37 cycles per token at L = 64, 100 -> 58 with AVX2). A row whose sum then
+// is small, large or NaN is done again alone, so that the two maxima differ by log(64 L) at most
+// and the error of q - top stays below 5e-7.
+template <class T, class Q>
+inline void softmax_rows(int64_t n, int64_t width, const Q& q, T* p, int64_t p_stride,
+                         T* inverse_sums) {
   constexpr int64_t lanes = kLanes<T>;
-  Vec<T> m = load(q);
-  for (int64_t l = lanes; l < width; l += lanes) m = max(m, load(q + l));
+  Vec<T> m = q(0, 0);
+  for (int64_t l = lanes; l < width; l += lanes) m = max(m, q(0, l));
   const T highest = reduce_max<T>(m);
   const bool usable = highest >= kLowest<T> && highest <= -kLowest<T>;
   const Vec<T> top = splat(usable ? highest : T(0));
   alignas(64) Vec<T> sums[kChunk];
   for (int64_t t = 0; t < n; ++t) {
-    const T* row = q + t * q_stride;
     T* out = p + t * p_stride;
     Vec<T> sum = {};
     for (int64_t l = 0; l < width; l += lanes) {
-      const Vec<T> e = exp_saturating(load(row + l) - top);
+      const Vec<T> e = exp_saturating(q(t, l) - top);
       sum += e;
       store(out + l, e);
     }
@@ -109,7 +115,8 @@ inline void softmax_rows(int64_t n, int64_t width, const T* q, int64_t q_stride,
     if (!any_greater(alone, Vec<T>{})) continue;
     for (int64_t t = first; t < n && t < first + lanes; ++t)
       if (alone[t - first] > 0)
-        inverse_sums[t] = softmax_row(width, q + t * q_stride, p + t * p_stride);
+        inverse_sums[t] =
+            softmax_vectors(width, [&](int64_t l) { return q(t, l); }, p + t * p_stride);
   }
 }
 
@@ -173,7 +180,7 @@ inline void raise_reference(int64_t width, const Normaliser<T>& norm, T* alpha) 
 // which outgrows the scheduler (57 -> 46 ns per token at L = 64).
 template <class T, Operands kOperands, int U, bool kRise>
 inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, Normaliser<T> norm,
-                            Prepared<T> out, const T* inverse_sums, bool own_sum) {
+                            Prepared<T> out, bool own_sum) {
   constexpr int64_t lanes = kLanes<T>;
   alignas(64) T e[kChunk * U * lanes];
   {
@@ -217,7 +224,7 @@ inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
         store(out.e + t * out.row_stride + c, weight);
       } else {
         T* p_row = out.p + t * out.row_stride + c;
-        const Vec<T> p = load(p_row) * inverse_sums[t];
+        const Vec<T> p = load(p_row) * out.inverse_sums[t];
         const Vec<T> inverse = reciprocal(max(before[u] + sum[u], splat(kEmptyNorm<T>)));
         const Vec<T> w = p * inverse;
         if constexpr (kOperands == Operands::gradient_forward) {
@@ -239,29 +246,24 @@ inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
 
 template <class T, Operands kOperands, bool kRise>
 inline void prepare_all(int64_t n, int64_t width, const T* k, int64_t k_stride,
-                        const Normaliser<T>& norm, const Prepared<T>& out, const T* inverse_sums,
-                        bool own_sum) {
+                        const Normaliser<T>& norm, const Prepared<T>& out, bool own_sum) {
   int64_t l = 0;
   for (; l + 2 * kLanes<T> <= width; l += 2 * kLanes<T>)
-    prepare_latents<T, kOperands, 2, kRise>(n, l, k, k_stride, norm, out, inverse_sums, own_sum);
-  if (l < width)
-    prepare_latents<T, kOperands, 1, kRise>(n, l, k, k_stride, norm, out, inverse_sums, own_sum);
+    prepare_latents<T, kOperands, 2, kRise>(n, l, k, k_stride, norm, out, own_sum);
+  if (l < width) prepare_latents<T, kOperands, 1, kRise>(n, l, k, k_stride, norm, out, own_sum);
 }
 
-// Prepares n <= kChunk tokens (q may be null for keys_only) and advances the normaliser.
+// Prepares n <= kChunk tokens, whose softmax_rows() are in p, and advances the normaliser.
 template <class T, Operands kOperands>
-inline Keys prepare(int64_t n, int64_t width, const T* q, int64_t q_stride, const T* k,
-                    int64_t k_stride, const Normaliser<T>& norm, const Prepared<T>& out) {
-  alignas(64) T inverse_sums[kChunk];
-  if constexpr (kOperands != Operands::keys_only)
-    softmax_rows(n, width, q, q_stride, out.p, out.row_stride, inverse_sums);
+inline Keys prepare(int64_t n, int64_t width, const T* k, int64_t k_stride,
+                    const Normaliser<T>& norm, const Prepared<T>& out) {
   const Keys keys = classify_keys(n, width, k, k_stride, norm, out.alpha);
   if (keys == Keys::raised) raise_reference(width, norm, out.alpha);
   if (keys == Keys::rising) {
-    prepare_all<T, kOperands, true>(n, width, k, k_stride, norm, out, inverse_sums, false);
+    prepare_all<T, kOperands, true>(n, width, k, k_stride, norm, out, false);
   } else {
     const bool own_sum = kOperands == Operands::keys_only || keys == Keys::tied;
-    prepare_all<T, kOperands, false>(n, width, k, k_stride, norm, out, inverse_sums, own_sum);
+    prepare_all<T, kOperands, false>(n, width, k, k_stride, norm, out, own_sum);
   }
   return keys;
 }

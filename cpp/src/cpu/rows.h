@@ -57,10 +57,7 @@ class RowView {
       : rows_(rows), width_(width), group_(group), per_row_(per_row) {}
 
   // May the scan touch the caller's memory in place: whole vectors, the compute type, no gaps?
-  bool in_place() const {
-    return rows_.dtype == kComputeDType<T> && rows_.stride_c == 1 && width_ % kLanes<T> == 0 &&
-           group_ == 1;
-  }
+  bool in_place() const { return rows_.dtype == kComputeDType<T> && whole_vectors(); }
   T* row_in_place(int64_t i) const { return static_cast<T*>(rows_.data) + i * rows_.stride_t; }
   int64_t stride_in_place() const { return rows_.stride_t; }
 
@@ -73,6 +70,11 @@ class RowView {
   int64_t stride_bytes() const { return rows_.stride_t * storage_bytes(); }
 
  protected:
+  // Every row is there, without tails or gaps: what a loop then need not ask of each row was a
+  // twentieth of a pass in half precision.
+  bool whole_vectors() const {
+    return rows_.stride_c == 1 && width_ % kLanes<T> == 0 && group_ == 1;
+  }
   int64_t storage_bytes() const {
     return rows_.dtype == DType::bfloat16 || rows_.dtype == DType::float16 ? 2 : sizeof(T);
   }
@@ -85,6 +87,18 @@ class RowView {
   Rows rows_;
   int64_t width_, group_;
   PerRow per_row_;
+};
+
+// Rows of whole vectors as they are stored.
+template <class T, class S>
+struct Vectors {
+  const S* data;
+  int64_t stride;
+  T scale;
+
+  LATTE_INLINE Vec<T> operator()(int64_t i, int64_t c) const {
+    return load_compute(data + i * stride + c) * scale;
+  }
 };
 
 template <class T>
@@ -112,17 +126,48 @@ class Source : public RowView<T> {
       return;
     }
     with_storage_type(T(), this->rows_.dtype, [&](auto* storage) {
-      for (int64_t i = 0; i < n; ++i) convert_row(storage, first + i, i, consume);
+      if (whole_vectors()) {
+        consume_vectors(converted(storage, first), n, this->width_, consume);
+      } else {
+        for (int64_t i = 0; i < n; ++i) convert_row(storage, first + i, i, consume);
+      }
     });
+  }
+
+  // Calls read(rows) once, where rows(i, c) is a vector of row first + i: of the caller's memory,
+  // converted on the way, or of a copy in `scratch` where rows are not whole vectors.
+  template <class F>
+  LATTE_INLINE void with_vectors(int64_t first, int64_t n, T* scratch, int64_t scratch_stride,
+                                 F read) const {
+    if (!whole_vectors()) {
+      copy(first, n, scratch, scratch_stride);
+      return read(Vectors<T, T>{scratch, scratch_stride, 1});
+    }
+    with_storage_type(T(), this->rows_.dtype,
+                      [&](auto* storage) { read(converted(storage, first)); });
   }
 
   // The same into rows of `stride` elements.
   LATTE_INLINE void copy(int64_t first, int64_t n, T* rows, int64_t stride) const {
     for_each_vector(first, n,
-                    [&](int64_t i, int64_t c, Vec<T> x) { store(rows + i * stride + c, x); });
+                    [=](int64_t i, int64_t c, Vec<T> x) { store(rows + i * stride + c, x); });
   }
 
  private:
+  bool whole_vectors() const { return RowView<T>::whole_vectors() && !mask_; }
+  template <class S>
+  LATTE_INLINE Vectors<T, S> converted(const S*, int64_t first) const {
+    return {static_cast<const S*>(this->rows_.data) + first * this->rows_.stride_t,
+            this->rows_.stride_t, scale_};
+  }
+  // By value, here and in write_vectors(): a store of a vector may change any member and any
+  // captured reference, for all the compiler knows, which then reads them again for every vector.
+  template <class S, class F>
+  LATTE_INLINE static void consume_vectors(Vectors<T, S> rows, int64_t n, int64_t width,
+                                           F consume) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t c = 0; c < width; c += kLanes<T>) consume(i, c, rows(i, c));
+  }
   template <class S, class F>
   LATTE_INLINE void convert_row(const S*, int64_t row_index, int64_t i, F consume) const {
     const bool present =
@@ -158,12 +203,25 @@ class Sink : public RowView<T> {
   template <class F>
   LATTE_INLINE void write(int64_t first, int64_t n, F produce) const {
     with_storage_type(T(), this->rows_.dtype, [&](auto* storage) {
-      for (int64_t i = 0; i < n; ++i)
-        if (this->has_row(first + i)) write_row(storage, first + i, i, produce);
+      if (this->whole_vectors()) {
+        write_vectors(
+            static_cast<decltype(storage)>(this->rows_.data) + first * this->rows_.stride_t,
+            this->rows_.stride_t, n, this->width_, produce);
+      } else {
+        for (int64_t i = 0; i < n; ++i)
+          if (this->has_row(first + i)) write_row(storage, first + i, i, produce);
+      }
     });
   }
 
  private:
+  template <class S, class F>
+  LATTE_INLINE static void write_vectors(S* rows, int64_t stride, int64_t n, int64_t width,
+                                         F produce) {
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t c = 0; c < width; c += kLanes<T>)
+        store_compute(rows + i * stride + c, produce(i, c));
+  }
   template <class S, class F>
   LATTE_INLINE void write_row(S*, int64_t row_index, int64_t i, F produce) const {
     S* row = static_cast<S*>(this->rows_.data) + this->offset(row_index);
