@@ -210,6 +210,26 @@ def test_crop() -> None:
     assert_same(got, want[:, 23:])
 
 
+@pytest.mark.parametrize("variant", ["plain", "conv", "rglru", "window and sinks alone"])
+def test_cache_moves_and_multiplies(variant: str) -> None:
+    """Offloading and batches that are repeated or chosen leave each row its past."""
+    model, ids = converted(**VARIANTS[variant]), tokens(2, 30)
+    want = logits(model, ids)
+    cache = hf.LatteCache(model.config)
+    with torch.no_grad():
+        model(input_ids=ids[:, :20], cache=cache, use_cache=True)
+        cache.batch_repeat_interleave(2)
+        cache.batch_select_indices(torch.tensor([3, 0, 1]))
+        cache.reorder_cache(torch.tensor([0, 2]))
+        for layer in cache.layers:
+            layer.offload()
+            layer.prefetch()
+        again = ids[[1, 0]]
+        got = model(input_ids=again[:, 20:], cache=cache, use_cache=True).logits
+    assert_same(got, want[[1, 0], 20:])
+    assert cache.batch_size == 2
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_save_and_load(variant: str, tmp_path: Path) -> None:
     model, ids = converted(**VARIANTS[variant]), tokens()

@@ -161,6 +161,16 @@ def test_token_losses() -> None:
     assert whole.shape == (69,)
 
 
+def test_decode_costs() -> None:
+    model = hf.convert(tiny(), **OPTIONS)
+    near, far = evaluation.decode_costs(model, texts(300), (20, 280), steps=5)
+    assert (near.position, far.position) == (20, 280)
+    assert near.nbytes == far.nbytes > 0
+    assert min(near.seconds, far.seconds) > 0
+    with pytest.raises(ValueError, match=r"\[decode_costs\] model is a LlamaForCausalLM"):
+        evaluation.decode_costs(tiny(), texts(), (20,))
+
+
 def test_difference() -> None:
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(6400, generator=generator)
@@ -213,6 +223,21 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
         torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
+def test_trainer(tmp_path: Path) -> None:
+    """transformers' own loop trains the new weights alone."""
+    model = hf.convert(tiny(), **OPTIONS)
+    before = [p.detach().clone() for p in model.parameters()]
+    rows = [{"input_ids": x, "labels": x} for x in tokens(8, 32)]
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=3, per_device_train_batch_size=2, report_to=[],
+        save_strategy="no", learning_rate=1e-2, use_cpu=True,
+    )  # fmt: skip
+    transformers.Trainer(model=model, args=arguments, train_dataset=rows).train()
+    for old, parameter in zip(before, model.parameters(), strict=True):
+        assert torch.equal(old, parameter) != parameter.requires_grad
+
+
 def words() -> Any:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -245,6 +270,7 @@ def test_extend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         "full attention", "window and sinks", "with latents", "latents that forget"
     }  # fmt: skip
     assert "page" not in report["documents"]
+    assert report["decoding"][0]["nbytes"] == report["decoding"][1]["nbytes"]
     assert (out / "report.png").exists()
     assert "with latents" in capsys.readouterr().out
     saved = torch.load(out / "training.pt", weights_only=True)

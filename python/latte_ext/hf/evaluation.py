@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .cache import LatteCache
 from .convert import attention_layers, cache_name, check_converted
 
 
@@ -92,6 +94,38 @@ def token_losses(model: Any, ids: Tensor, *, chunk: int | None = 2048) -> Tensor
             ])
         )  # fmt: skip
     return torch.cat(losses)
+
+
+class DecodeCost(NamedTuple):
+    """Median seconds of a decoding step behind `position` tokens, and bytes of the cache there."""
+
+    position: int
+    seconds: float
+    nbytes: int
+
+
+@torch.inference_mode()
+def decode_costs(
+    model: Any, ids: Tensor, positions: Sequence[int], *, steps: int = 32
+) -> list[DecodeCost]:
+    """What a token costs behind the first tokens of a document.
+
+    Args:
+        model: a converted one. ids: (T,). positions: rising, steps apart, within T.
+    """
+    check_converted("decode_costs", model)
+    model.eval()
+    name, cache, costs = cache_name(), LatteCache(model.config), []
+    for position in positions:
+        for part in ids[cache.get_seq_length() : position].split(2048):
+            model(input_ids=part[None], use_cache=True, **{name: cache})
+        times = []
+        for token in ids[position : position + steps].split(1):
+            begun = time.perf_counter()
+            model(input_ids=token[None], use_cache=True, **{name: cache})
+            times.append(time.perf_counter() - begun)
+        costs.append(DecodeCost(position, sorted(times)[len(times) // 2], cache.nbytes))
+    return costs
 
 
 class Difference(NamedTuple):

@@ -24,6 +24,7 @@ from .convert import convert, load_adapter, save_adapter
 from .evaluation import (
     Difference,
     bucket_means,
+    decode_costs,
     difference,
     forgetful_latents,
     full_attention,
@@ -38,6 +39,7 @@ BORDERS = (0, 256, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 SPANS = ((0, 256), (256, 1024), (1024, 8192), (8192, 16384))
 _CHECKPOINT, _ADAPTER, _REPORT = "training.pt", "adapter", "report"
 _SAVE_EVERY = 60.0  # seconds
+_DECODED = 32  # tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +248,12 @@ def measure(model: Any, documents: dict[str, Tensor], args: argparse.Namespace) 
         }
     if documents:
         bar.finish("measured")
+        longest = max(documents.values(), key=len)
+        room = longest.shape[0] - _DECODED
+        positions = [n for n in (room // 16, room) if n > 0]
+        report["decoding"] = [
+            cost._asdict() for cost in decode_costs(model, longest, positions, steps=_DECODED)
+        ]
     return report
 
 
@@ -277,6 +285,15 @@ def markdown(report: dict[str, Any], model: Any) -> str:
         for way, values in document["against"].items():
             for span, value in values.items():
                 lines.append(f"* against {way}, {span}: {Difference(**value)}")
+    costs = report.get("decoding", [])
+    if len(costs) == 2:
+        near, far = costs
+        lines += [
+            "",
+            f"A decoding step behind {far['position']:,} tokens over one behind "
+            f"{near['position']:,}: {far['seconds'] / near['seconds']:.2f} times the time, "
+            f"{far['nbytes'] / near['nbytes']:.2f} times the {near['nbytes']:,} bytes of cache.",
+        ]
     return "\n".join(lines) + "\n"
 
 
