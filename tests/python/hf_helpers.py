@@ -70,13 +70,17 @@ def tiny(family: str = "llama", *, seed: int = 0, **options: Any) -> Any:
     torch.manual_seed(seed)
     config = getattr(transformers, config_name)(**{**SIZES, **copy.deepcopy(special), **options})
     config._attn_implementation = "eager"
-    model = getattr(transformers, model_name)(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if parameter.dim() == 2 and "embed" not in name:
-                parameter.normal_(std=1.2 / parameter.shape[1] ** 0.5)
-            elif "embed" in name:
-                parameter.normal_()
+    return randomized(getattr(transformers, model_name)(config).eval())
+
+
+@torch.no_grad()
+def randomized(model: Any) -> Any:
+    """A model with weights that make its attention matter."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "embed" not in name:
+            parameter.normal_(std=1.2 / parameter.shape[1] ** 0.5)
+        elif "embed" in name:
+            parameter.normal_()
     return model
 
 

@@ -22,6 +22,7 @@ from .attention import IMPLEMENTATION, ConvertedAttention, Plan
 from .cache import LatteCache
 from .families import Derived, config_class_of, derive
 from .latents import AttentionShape, LatentBranch
+from .positions import check_positions, extend_positions
 from .rotation import Rotation, find_rotation
 from .settings import LatteSettings
 
@@ -72,7 +73,7 @@ def convert(model: PreTrainedModel, **options: Any) -> Any:
 
     Args:
         model: a transformers model whose attention goes through transformers' interface and has
-            no dropout, causal or an encoder.
+            no dropout while it is trained, causal or an encoder.
         options: those of `LatteSettings`.
 
     Returns:
@@ -103,6 +104,8 @@ def convert(model: PreTrainedModel, **options: Any) -> Any:
                 f"[convert] layers has {index}, expected some of {full}: those that attend to all "
                 "tokens"
             )
+    if settings.positions is not None:
+        check_positions(model, settings.positions)
     values = settings.to_dict()
     values["layers"] = chosen if settings.latents else []
     latte = {
@@ -123,6 +126,8 @@ def convert(model: PreTrainedModel, **options: Any) -> Any:
     config.__class__, model.__class__ = config_class, model_class
     config.latte = latte
     config.architectures = [model_class.__name__]
+    if settings.positions is not None:
+        extend_positions(model, config, settings.positions)
     model.requires_grad_(False)
     install(model, device=model.device)
     return model
@@ -138,8 +143,7 @@ def install(model: PreTrainedModel, *, device: torch.device | None) -> None:
         )
     model.config._attn_implementation = IMPLEMENTATION
     model.register_forward_pre_hook(_give_cache, with_kwargs=True)
-    names = LatteSettings.__dataclass_fields__
-    settings = LatteSettings(**{name: latte[name] for name in names})
+    settings = LatteSettings.from_config(latte)
     known = [Rotation.from_dict(rotation) for rotation in latte["rotations"]]
     for index, layer in enumerate(attention_layers(model)):
         layer.__class__ = derive(ConvertedAttention, type(layer))
@@ -200,11 +204,13 @@ def attention_layers(model: nn.Module) -> list[ConvertedAttention]:
         module
         for module in model.modules()
         if type(module).__name__.endswith("Attention")
-        and hasattr(module, "layer_idx")
+        and hasattr(module, "is_causal")
         and hasattr(module, "scaling")
         and hasattr(module, "config")
     ]
-    if not found or [module.layer_idx for module in found] != list(range(len(found))):
+    # Encoders that never have a cache do not number their layers.
+    numbers = [getattr(module, "layer_idx", index) for index, module in enumerate(found)]
+    if not found or numbers != list(range(len(found))):
         raise ValueError(
             f"[convert] {type(model).__name__} has {len(found)} attention layers that are known as "
             f"such, expected {getattr(model.config, 'num_hidden_layers', 'some')}, one per layer"
@@ -240,7 +246,7 @@ def load_adapter(model: Any, folder: str | PathLike[str]) -> Any:
                 f"[load_adapter] model is of type {model.config.model_type!r}, expected "
                 f"{latte['base']!r} as the adapter"
             )
-        convert(model, **{name: latte[name] for name in LatteSettings.__dataclass_fields__})
+        convert(model, **LatteSettings.from_config(latte).to_dict())
     tensors, own = load_file(path / _ADAPTER), _adapter_tensors(model)
     for name in own.keys() | tensors.keys():
         if name not in own or name not in tensors or own[name].shape != tensors[name].shape:

@@ -11,18 +11,21 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
     PreTrainedConfig,
 )
 
 PREFIX = "latte_"
 # The families whose conversion is tested, by model_type.
 FAMILIES = (
-    "bert", "cohere2", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "olmo2",
-    "phi3", "qwen2", "qwen3", "smollm3", "stablelm",
+    "bert", "cohere2", "distilbert", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral",
+    "olmo2", "phi3", "qwen2", "qwen3", "roberta", "smollm3", "stablelm",
 )  # fmt: skip
 _AUTO_CLASSES: tuple[Any, ...] = (
-    AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSequenceClassification,
+    AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification, AutoModelForTokenClassification,
 )  # fmt: skip
 
 

@@ -15,8 +15,8 @@ class LatteSettings:
     """The window that replaces full attention, and the latents beside it.
 
     Args:
-        window: tokens that a token attends to, itself included. Layers whose own window is shorter
-            keep theirs, and get neither sinks nor latents.
+        window: tokens that a token attends to, itself included, in an encoder to each side. Layers
+            whose own window is shorter keep theirs, and get neither sinks nor latents.
         latents: L of each head; 0: the window and the sinks alone.
         sinks: the first tokens of a sequence, which stay visible when they have left the window, at
             the rotary distance that they had when they left it (attention sinks, arXiv 2309.17453).
@@ -36,6 +36,8 @@ class LatteSettings:
         value_gain: train a factor per channel on the values that the latents average.
         output_rank: rank of a trained addition to the output projection (LoRA, arXiv 2106.09685).
         init_std: standard deviation of the new projections' weights.
+        positions: rows that a table of learned positions shall have; those beyond the pretrained
+            ones repeat its first half (`extended_rows`). None: the table as it is, if there is one.
 
     Raises:
         TypeError: an option that there is not. ValueError: values out of range.
@@ -54,11 +56,12 @@ class LatteSettings:
     value_gain: bool = False
     output_rank: int = 0
     init_std: float = 0.02
+    positions: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (
             ("window", 1), ("latents", 0), ("sinks", 0), ("latent_heads", 1), ("conv_width", 1),
-            ("output_rank", 0), ("init_std", 0),
+            ("output_rank", 0), ("init_std", 0), ("positions", 1),
         ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
@@ -91,6 +94,13 @@ class LatteSettings:
             if name not in known:
                 raise TypeError(f"[LatteSettings] got {name!r}, expected one of {known}")
         return cls(**options)
+
+    @classmethod
+    def from_config(cls, latte: dict[str, Any]) -> LatteSettings:
+        """From what a converted model's configuration or an adapter holds."""
+        return cls(
+            **{field.name: latte[field.name] for field in fields(cls) if field.name in latte}
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What `config.json` holds."""
