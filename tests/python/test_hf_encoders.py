@@ -77,6 +77,20 @@ def test_lossless(name: str) -> None:
     torch.testing.assert_close(real(output(model, **inputs)), real(want), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["BertModel", "DistilBertModel"])
+def test_hidden_states(name: str) -> None:
+    """Are those of the layers, when they are asked for."""
+    model, inputs = encoder(name), padded()
+    want = model(**inputs, output_hidden_states=True).hidden_states
+    hf.convert(model, window=64, latents=4, gate=40.0)
+    got = model(**inputs, output_hidden_states=True).hidden_states
+    assert len(got) == len(want) == 4
+    for one, other in zip(got, want, strict=True):
+        torch.testing.assert_close(real(one), real(other), atol=1e-5, rtol=1e-5)
+    again = hf.convert(encoder(name), **OPEN)
+    assert len(again(**inputs, output_hidden_states=True).hidden_states) == 4
+
+
 def plain_attention(
     module: Any,
     q: Tensor,

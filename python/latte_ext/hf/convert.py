@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .attention import IMPLEMENTATION, ConvertedAttention, Plan
 from .cache import LatteCache
@@ -33,6 +34,12 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 class LatteMixin(Derived, PreTrainedModel):  # type: ignore[misc]
     """The base that `convert` gives to the class of a model."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # By name, which transformers learns from a constructor that a model converted in place
+        # does not run: without it output_hidden_states=True would give None.
+        _CAN_RECORD_REGISTRY.setdefault(str(cls), cls._can_record_outputs)
 
     def __init__(self, config: PreTrainedConfig, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
