@@ -14,7 +14,6 @@ transformers = pytest.importorskip("transformers")
 
 from hf_helpers import SIZES, randomized, tiny, tokens  # noqa: E402
 from latte_ext import hf  # noqa: E402
-from latte_ext.hf.convert import attention_layers  # noqa: E402
 from latte_ext.hf.positions import extended_rows  # noqa: E402
 
 _BERT = {
