@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -62,6 +63,16 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "stablelm": ("StableLmConfig", "StableLmForCausalLM", {"use_qkv_bias": True}),
     "phi3": ("Phi3Config", "Phi3ForCausalLM", {}),
 }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """For the tests that import it: two workers of pytest-xdist with two threads each on two cores
+    take up to ten times as long, since every operator waits for a thread that does not run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny(family: str = "llama", *, seed: int = 0, **options: Any) -> Any:

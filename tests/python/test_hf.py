@@ -14,7 +14,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from hf_helpers import FAMILIES, logits, tiny, tokens  # noqa: E402
+from hf_helpers import FAMILIES, logits, one_thread, tiny, tokens  # noqa: E402, F401
 from latte_ext import hf  # noqa: E402
 from latte_ext.hf.convert import attention_layers  # noqa: E402
 

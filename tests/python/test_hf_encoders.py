@@ -12,7 +12,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from hf_helpers import SIZES, randomized, tiny, tokens  # noqa: E402
+from hf_helpers import SIZES, one_thread, randomized, tiny, tokens  # noqa: E402, F401
 from latte_ext import hf  # noqa: E402
 from latte_ext.hf.positions import extended_rows  # noqa: E402
 

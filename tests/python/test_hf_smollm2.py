@@ -14,6 +14,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
+from hf_helpers import one_thread  # noqa: E402, F401
 from latte_ext import hf  # noqa: E402
 from latte_ext.hf import evaluation, extend, layerwise  # noqa: E402
 from latte_ext.hf.training import Recipe, Training  # noqa: E402

@@ -16,7 +16,7 @@ from torch import Tensor
 
 transformers = pytest.importorskip("transformers")
 
-from hf_helpers import logits, tiny, tokens  # noqa: E402
+from hf_helpers import logits, one_thread, tiny, tokens  # noqa: E402, F401
 from latte_ext import hf  # noqa: E402
 from latte_ext.__main__ import main  # noqa: E402
 from latte_ext.hf import evaluation, layerwise  # noqa: E402

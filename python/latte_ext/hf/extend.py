@@ -209,7 +209,12 @@ def measure(model: Any, documents: dict[str, Tensor], args: argparse.Namespace) 
     window = args.window
     report: dict[str, Any] = {
         "settings": {**model.config.latte, "rotations": None, "layer_rotations": None},
-        "recipe": {k: v for k, v in vars(args).items() if isinstance(v, (int, float, str))},
+        "model": Path(args.model).name,
+        "recipe": {
+            name: value
+            for name, value in vars(args).items()
+            if isinstance(value, (int, float, str)) and name not in ("model", "command")
+        },
         "parameters": sum(p.numel() for p in model.latte_parameters()),
         "documents": {},
     }
@@ -266,7 +271,7 @@ def gain(losses: dict[str, Tensor], way: str, first: int, last: int) -> dict[str
 def markdown(report: dict[str, Any], model: Any) -> str:
     """The report as a page."""
     lines = [
-        f"# {model.config.architectures[0]}, {model.config._name_or_path}",
+        f"# {report['model']} as {model.config.architectures[0]}",
         "",
         f"{report['parameters']:,} new weights, window {report['settings']['window']} + "
         f"{report['settings']['sinks']} sinks, layers {report['settings']['layers']}; training "
