@@ -12,14 +12,20 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
 
 
 def test_the_readme_has_code() -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_readme_block_runs(block: str) -> None:
+    if "transformers" in block:
+        pytest.importorskip("transformers")
     names: dict[str, object] = {}
     exec(compile(block, str(README), "exec"), names)
-    if "logits" in names:
+    if "text" in names:
+        text = names["text"]
+        assert isinstance(text, torch.Tensor)
+        assert 600 < text.shape[1] <= 650
+    elif "logits" in names:
         logits = names["logits"]
         assert isinstance(logits, torch.Tensor)
         assert logits.shape == (2, 256)
