@@ -32,6 +32,15 @@ TEST(Heuristics, ALongSequenceTakesItsShareOfTheThreads) {
   EXPECT_EQ(parts(0, 0, 8), 1);
 }
 
+TEST(Heuristics, HeadsAreWalkedTogetherWhereNoThreadWaitsForIt) {
+  EXPECT_EQ(heads_together(1, 8, 1), kHeadsTogether);
+  EXPECT_EQ(heads_together(1, 8, 2), kHeadsTogether);
+  EXPECT_EQ(heads_together(1, 8, 8), 1);
+  EXPECT_EQ(heads_together(1, 6, 2), 1);
+  EXPECT_EQ(heads_together(3, 1, 1), 1);
+  EXPECT_EQ(heads_together(0, 8, 2), kHeadsTogether);
+}
+
 using Cut = int64_t (*)(int64_t, int64_t, int64_t);
 
 void expect_cover(Cut cut, int64_t segments, int64_t n, int64_t tokens) {

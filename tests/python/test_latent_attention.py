@@ -240,6 +240,30 @@ def test_layouts(layout: str, causal: bool, dtype: torch.dtype) -> None:
     check(problem.map(lambda x: lay_out(x) if x.dim() == 4 else x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("thread_count", [1, 2])
+@pytest.mark.parametrize("feature", ["plain", "initial_state", "packed", "grouped"])
+@pytest.mark.parametrize("heads", [1, 2, 3, 8])
+def test_heads_side_by_side(
+    heads: int, feature: str, thread_count: int, dtype: torch.dtype
+) -> None:
+    """Heads that lie side by side are walked together, to the same bits."""
+    grouped = 2 if feature == "grouped" else 1
+    problem = make_problem(
+        16,
+        32,
+        200,
+        heads=grouped * heads,
+        kv_heads=heads,
+        lengths=(70, 0, 1, 129) if feature == "packed" else None,
+        initial_state=feature == "initial_state",
+        dtype=dtype,
+    )
+    with threads(thread_count):
+        together = solve(problem.map(lambda x: time_major(x) if x.dim() == 4 else x))
+        assert_identical(together, solve(problem))
+
+
 @pytest.mark.parametrize(
     "layout", ["channel_strided", "misaligned", "expanded_batch", "one_number"]
 )

@@ -15,9 +15,14 @@
 
 namespace latte::LATTE_ISA {
 
+// Heads that are walked together have a normaliser and states each; what a chunk needs in between
+// they share.
 template <class T>
 struct CausalForwardScratch {
-  T *q, *k, *p, *inverse_sums, *ew, *alpha, *v, *y, *r, *z, *top, *state, *own;
+  T *q, *k, *p, *inverse_sums, *ew, *alpha, *v, *y, *own;
+  struct Head {
+    T *r, *z, *top, *state;
+  } heads[cpu::kHeadsTogether];
 
   CausalForwardScratch(Arena& arena, const HeadTask& task) {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
@@ -29,62 +34,93 @@ struct CausalForwardScratch {
     alpha = arena.take<T>(blocked_size<T>(width));
     v = arena.take<T>(kChunk * padded_stride<T>(round_up<T>(task.dim)));
     y = arena.take<T>(blocked_size<T>(task.dim));
-    r = arena.take<T>(width);
-    z = arena.take<T>(width);
-    top = arena.take<T>(width);
-    state = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
     own = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
+    for (int64_t h = 0; h < task.together; ++h) {
+      for (T** per_latent : {&heads[h].r, &heads[h].z, &heads[h].top})
+        *per_latent = arena.take<T>(width);
+      heads[h].state = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
+    }
   }
 };
 
 template <class T>
-inline void causal_forward(const HeadTask& task, Arena arena) {
-  const CausalForwardScratch<T> s(arena, task);
-  const int64_t begin = task.begin * task.group, end = task.end * task.group;
-  const int64_t width = round_up<T>(task.latents), stride = padded_stride<T>(width);
-  const int64_t v_stride = padded_stride<T>(round_up<T>(task.dim));
-  const Source<T> q = logits_q<T>(task), k = logits_k<T>(task, task.group);
-  const Source<T> v = values<T>(task, task.group);
-  const Sink<T> y(task.y, PerRow::every, task.dim, task.group);
-  const Tiles<T> state{s.state, task.latents, task.dim};
-  const Normaliser<T> norm{s.r, s.z, s.top};
-  Prepared<T> prepared;
-  prepared.ew = s.ew;
-  prepared.p = s.p;
-  prepared.inverse_sums = s.inverse_sums;
-  prepared.row_stride = stride;
-  prepared.alpha = s.alpha;
-  start_state(task.initial, task.latents, task.dim, width, norm, state, false);
+class CausalForward {
+ public:
+  CausalForward(const HeadTask& task, const CausalForwardScratch<T>& scratch, int64_t head)
+      : task_(task),
+        s_(scratch),
+        norm_{scratch.heads[head].r, scratch.heads[head].z, scratch.heads[head].top},
+        state_{scratch.heads[head].state, task.latents, task.dim} {}
 
-  for (int64_t first = begin; first < end; first += kChunk) {
-    const int64_t n = end - first < kChunk ? end - first : kChunk;
-    softmax_of(q, first, n, width, s.q, s.p, stride, s.inverse_sums);
-    const RowsInUse<T> ks(k, first, n, s.k, stride);
-    const Keys keys = prepare<T, Operands::forward>(n, width, ks.data, ks.stride, norm, prepared);
-    if (keys == Keys::raised) state.scale_rows(s.alpha);
-    PrefetchList next(tile_count(state));
-    ScanOperands<T> scan = scan_operands(n, state, s.y);
-    scan.x = first_of_pair(s.ew);
-    scan.g = second_of_pair(s.ew);
-    scan.y = column_operand(v, first, n, s.v, v_stride);
-    scan.alpha = s.alpha;
-    write_in_place(scan, y, first);
-    if (first + n < end) next.add(first + n, k, q, v, y);
-    scan.prefetch = &next;
+  void start() const {
+    start_state(task_.initial, task_.latents, task_.dim, width_, norm_, state_, false);
+  }
+
+  // `next` is the head whose chunk at `next_first` comes after this one.
+  void chunk(int64_t first, const CausalForward& next, int64_t next_first) const {
+    const int64_t n = end_ - first < kChunk ? end_ - first : kChunk;
+    softmax_of(q_, first, n, width_, s_.q, s_.p, stride_, s_.inverse_sums);
+    const RowsInUse<T> ks(k_, first, n, s_.k, stride_);
+    Prepared<T> prepared;
+    prepared.ew = s_.ew;
+    prepared.p = s_.p;
+    prepared.inverse_sums = s_.inverse_sums;
+    prepared.row_stride = stride_;
+    prepared.alpha = s_.alpha;
+    const Keys keys = prepare<T, Operands::forward>(n, width_, ks.data, ks.stride, norm_, prepared);
+    if (keys == Keys::raised) state_.scale_rows(s_.alpha);
+    PrefetchList list(tile_count(state_));
+    ScanOperands<T> scan = scan_operands(n, state_, s_.y);
+    scan.x = first_of_pair(s_.ew);
+    scan.g = second_of_pair(s_.ew);
+    scan.y = column_operand(v_, first, n, s_.v, v_stride_);
+    scan.alpha = s_.alpha;
+    write_in_place(scan, y_, first);
+    if (next_first < end_) list.add(next_first, next.k_, next.q_, next.v_, next.y_);
+    scan.prefetch = &list;
     if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::rows_before>(scan);
     } else if (keys == Keys::tied) {
-      scan_tied(scan, Tiles<T>{s.own, task.latents, task.dim});
+      scan_tied(scan, Tiles<T>{s_.own, task_.latents, task_.dim});
     } else {
       scan_tiles<T, Part::both, Decay::none>(scan);
     }
-    flush_blocks(y, first, n, s.y);
+    flush_blocks(y_, first, n, s_.y);
   }
-  if (begin == end && task.initial.norm && task.final.norm) {
-    copy_state<T>(task.initial, task.final, task.latents, task.dim);
-  } else {
-    finish_state(task.final, task.latents, task.dim, norm, state, false);
+
+  void finish() const {
+    if (task_.begin == task_.end && task_.initial.norm && task_.final.norm) {
+      copy_state<T>(task_.initial, task_.final, task_.latents, task_.dim);
+    } else {
+      finish_state(task_.final, task_.latents, task_.dim, norm_, state_, false);
+    }
   }
+
+ private:
+  const HeadTask& task_;
+  const CausalForwardScratch<T>& s_;
+  const Source<T> q_ = logits_q<T>(task_), k_ = logits_k<T>(task_, task_.group);
+  const Source<T> v_ = values<T>(task_, task_.group);
+  const Sink<T> y_{task_.y, PerRow::every, task_.dim, task_.group};
+  const int64_t end_ = task_.end * task_.group;
+  const int64_t width_ = round_up<T>(task_.latents), stride_ = padded_stride<T>(width_);
+  const int64_t v_stride_ = padded_stride<T>(round_up<T>(task_.dim));
+  const Normaliser<T> norm_;
+  const Tiles<T> state_;
+};
+
+template <class T>
+inline void causal_forward(const HeadTask& task, Arena arena) {
+  static_assert(cpu::kHeadsTogether == 2);
+  const CausalForwardScratch<T> scratch(arena, task);
+  const int64_t count = task.together, last = count - 1;
+  const CausalForward<T> heads[] = {{task, scratch, 0}, {(&task)[last], scratch, last}};
+  for (int64_t h = 0; h < count; ++h) heads[h].start();
+  const int64_t begin = task.begin * task.group, end = task.end * task.group;
+  for (int64_t first = begin; first < end; first += kChunk)
+    for (int64_t h = 0; h < count; ++h)
+      heads[h].chunk(first, heads[last - h], h < last ? first : first + kChunk);
+  for (int64_t h = 0; h < count; ++h) heads[h].finish();
 }
 
 // What the stages of one backward task have in common.
@@ -108,8 +144,10 @@ struct CausalBackwardScratch {
   T *ew, *alpha, *weights, *u;             // e|w paired; blocked over L
   T *v, *dy;                               // rows of D
   T* dv;                                   // blocked over D
-  T *r, *z, *top, *c, *frame;
-  T *forward_state, *r_state, *r_transposed;
+  struct Head {
+    T *r, *z, *top, *c, *frame;
+    T *forward_state, *r_state, *r_transposed;
+  } heads[cpu::kHeadsTogether];
 
   CausalBackwardScratch(Arena& arena, const HeadTask& task) {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
@@ -120,23 +158,28 @@ struct CausalBackwardScratch {
     const int64_t value = kChunk * padded_stride<T>(round_up<T>(task.dim));
     for (T** value_row : {&v, &dy}) *value_row = arena.take<T>(value);
     dv = arena.take<T>(blocked_size<T>(task.dim));
-    for (T** per_latent : {&r, &z, &top, &c, &frame}) *per_latent = arena.take<T>(width);
     const int64_t transposed = Tiles<T>::size(task.dim, task.latents);
-    forward_state = arena.take<T>(transposed);
-    r_transposed = arena.take<T>(transposed);
-    r_state = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
+    for (int64_t i = 0; i < task.together; ++i) {
+      Head& h = heads[i];
+      for (T** per_latent : {&h.r, &h.z, &h.top, &h.c, &h.frame})
+        *per_latent = arena.take<T>(width);
+      h.forward_state = arena.take<T>(transposed);
+      h.r_transposed = arena.take<T>(transposed);
+      h.r_state = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
+    }
   }
 };
 
 template <class T>
 class CausalBackward {
  public:
-  CausalBackward(const HeadTask& task, Arena arena)
+  CausalBackward(const HeadTask& task, const CausalBackwardScratch<T>& scratch, int64_t head = 0)
       : task_(task),
         dq_(task.dq, PerRow::every, task.latents, task.group),
         dk_(task.dk, PerRow::first, task.latents, task.group),
         dv_(task.dv, PerRow::first, task.dim, task.group),
-        s_(arena, task) {
+        s_(scratch),
+        h_(scratch.heads[head]) {
     Arena common(task.shared);
     const CausalShared<T> shared(common, task);
     borders_ = shared.borders;
@@ -145,10 +188,15 @@ class CausalBackward {
   }
 
   // Pass F: dq, the chunk borders, w u, and the state after the last token.
-  void forward() {
-    start_state(task_.initial, task_.latents, task_.dim, width_, norm_, forward_state_, true);
-    for (int64_t first = begin_; first < end_; first += kChunk) forward_chunk(first);
-    finish_state(task_.final, task_.latents, task_.dim, norm_, forward_state_, false, true);
+  void forward() { forward(this, 1); }
+  // Of heads that are walked together.
+  static void forward(CausalBackward* heads, int64_t count) {
+    const int64_t last = count - 1;
+    for (int64_t h = 0; h < count; ++h) heads[h].start_forward();
+    for (int64_t first = heads->begin_; first < heads->end_; first += kChunk)
+      for (int64_t h = 0; h < count; ++h)
+        heads[h].forward_chunk(first, heads[last - h], h < last ? first : first + kChunk);
+    for (int64_t h = 0; h < count; ++h) heads[h].finish_forward();
   }
 
   // R and c at the first token, of the stage's own queries.
@@ -178,20 +226,31 @@ class CausalBackward {
   }
 
   // Pass R: dk and dv, and at token 0 the gradient of the initial state.
-  void reverse() {
-    clear_carry();
-    task_.carry_in.norm ? load_carry() : seed();
-    for (int64_t first = last_chunk(); first >= begin_; first -= kChunk) reverse_chunk(first);
-    if (task_.carry_out.norm) store_carry();
-    if (begin_ == 0) initial_gradient();
-  }
-
-  void whole() {
-    forward();
-    reverse();
+  void reverse() { reverse(this, 1); }
+  static void reverse(CausalBackward* heads, int64_t count) {
+    const int64_t last = count - 1;
+    for (int64_t h = 0; h < count; ++h) heads[h].start_reverse();
+    for (int64_t first = heads->last_chunk(); first >= heads->begin_; first -= kChunk)
+      for (int64_t h = 0; h < count; ++h)
+        heads[h].reverse_chunk(first, heads[last - h], h < last ? first : first - kChunk);
+    for (int64_t h = 0; h < count; ++h) heads[h].finish_reverse();
   }
 
  private:
+  void start_forward() const {
+    start_state(task_.initial, task_.latents, task_.dim, width_, norm_, forward_state_, true);
+  }
+  void finish_forward() const {
+    finish_state(task_.final, task_.latents, task_.dim, norm_, forward_state_, false, true);
+  }
+  void start_reverse() {
+    clear_carry();
+    task_.carry_in.norm ? load_carry() : seed();
+  }
+  void finish_reverse() {
+    if (task_.carry_out.norm) store_carry();
+    if (begin_ == 0) initial_gradient();
+  }
   int64_t tokens_in_chunk(int64_t first) const {
     return end_ - first < kChunk ? end_ - first : kChunk;
   }
@@ -222,23 +281,24 @@ class CausalBackward {
     return prepare<T, kOperands>(n, width_, ks.data, ks.stride, norm_, prepared());
   }
 
-  void forward_chunk(int64_t first) {
+  // `next` is the head whose chunk at `next_first` comes after this one.
+  void forward_chunk(int64_t first, const CausalBackward& next, int64_t next_first) {
     const int64_t n = tokens_in_chunk(first);
-    __builtin_memcpy(border(first), s_.r, width_ * sizeof(T));
-    __builtin_memcpy(border(first) + width_, s_.z, width_ * sizeof(T));
+    __builtin_memcpy(border(first), h_.r, width_ * sizeof(T));
+    __builtin_memcpy(border(first) + width_, h_.z, width_ * sizeof(T));
     const Keys keys = prepare_chunk<Operands::gradient_forward>(first, n);
     if (keys == Keys::raised) forward_state_.scale_columns(s_.alpha);
-    PrefetchList next(tile_count(forward_state_));
+    PrefetchList list(tile_count(forward_state_));
     ScanOperands<T> scan = scan_operands(n, forward_state_, s_.u);
     scan.x = row_operand(v_, first, n, s_.v, value_stride_);
     scan.g = row_operand(dy_, first, n, s_.dy, value_stride_);
     scan.y = columns<const T>(s_.weights);
     scan.alpha = s_.alpha;
-    if (first + n < end_) {
-      next.add(first + n, k_, q_, v_, dy_);
-      next.add(first, dk_, dq_);
+    if (next_first < end_) {
+      list.add(next_first, next.k_, next.q_, next.v_, next.dy_);
+      list.add(first, dk_, dq_);
     }
-    scan.prefetch = &next;
+    scan.prefetch = &list;
     if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::columns_before>(scan);
     } else if (keys == Keys::tied) {
@@ -274,16 +334,16 @@ class CausalBackward {
     r_state_.clear();
     r_transposed_.clear();
     for (int64_t l = 0; l < width_; ++l) {
-      s_.c[l] = 0;
-      s_.frame[l] = kLowest<T>;
+      h_.c[l] = 0;
+      h_.frame[l] = kLowest<T>;
     }
   }
 
   void load_carry() {
     const HeadState& carry = task_.carry_in;
     for (int64_t l = 0; l < task_.latents; ++l) {
-      s_.frame[l] = read<T>(carry.max, l * carry.max_stride);
-      s_.c[l] = read<T>(carry.norm, l * carry.norm_stride);
+      h_.frame[l] = read<T>(carry.max, l * carry.max_stride);
+      h_.c[l] = read<T>(carry.norm, l * carry.norm_stride);
       for (int64_t i = 0; i < task_.dim; ++i) {
         const T r = read<T>(carry.mean, l * carry.mean_stride_l + i * carry.mean_stride_d);
         r_state_.at(l, i) = r;
@@ -296,8 +356,8 @@ class CausalBackward {
   void store_carry() {
     const HeadState& carry = task_.carry_out;
     for (int64_t l = 0; l < task_.latents; ++l) {
-      static_cast<T*>(carry.max)[l * carry.max_stride] = s_.frame[l];
-      static_cast<T*>(carry.norm)[l * carry.norm_stride] = s_.c[l];
+      static_cast<T*>(carry.max)[l * carry.max_stride] = h_.frame[l];
+      static_cast<T*>(carry.norm)[l * carry.norm_stride] = h_.c[l];
       for (int64_t i = 0; i < task_.dim; ++i)
         static_cast<T*>(carry.mean)[l * carry.mean_stride_l + i * carry.mean_stride_d] =
             r_state_.at(l, i);
@@ -319,27 +379,27 @@ class CausalBackward {
         r_transposed_.at(i, l) = g;
         dot += g * read<T>(final.mean, l * final.mean_stride_l + i * final.mean_stride_d);
       }
-      s_.frame[l] = read<T>(final.max, l * final.max_stride);
-      s_.c[l] = (d.norm ? read<T>(d.norm, l * d.norm_stride) : T(0)) - dot;
+      h_.frame[l] = read<T>(final.max, l * final.max_stride);
+      h_.c[l] = (d.norm ? read<T>(d.norm, l * d.norm_stride) : T(0)) - dot;
     }
   }
 
   // R and c grow with exp(reference): their frame is the one that they were summed in.
   void note_frame(Keys keys, int64_t first) {
-    __builtin_memcpy(s_.frame, keys == Keys::rising ? border(first) : s_.r, width_ * sizeof(T));
+    __builtin_memcpy(h_.frame, keys == Keys::rising ? border(first) : h_.r, width_ * sizeof(T));
   }
-  // From there to the reference s_.r, which is never above: after the last chunk and where pass F
+  // From there to the reference h_.r, which is never above: after the last chunk and where pass F
   // was cut the frame is a true maximum, and a chunk that was raised is above the chunk before.
   void enter_frame() {
     bool above = false;
     for (int64_t l = 0; l < width_; l += kLanes<T>)
-      above |= any_greater(load(s_.frame + l), load(s_.r + l));
+      above |= any_greater(load(h_.frame + l), load(h_.r + l));
     if (!above) return;
     // u is free between two scans.
     for (int64_t l = 0; l < width_; l += kLanes<T>) {
-      const Vec<T> factor = exp(min(Vec<T>{}, load(s_.r + l) - load(s_.frame + l)));
+      const Vec<T> factor = exp(min(Vec<T>{}, load(h_.r + l) - load(h_.frame + l)));
       store(blocked(s_.u, 0, l), factor);
-      store(s_.c + l, load(s_.c + l) * factor);
+      store(h_.c + l, load(h_.c + l) * factor);
     }
     r_state_.scale_rows(s_.u);
     r_transposed_.scale_columns(s_.u);
@@ -347,18 +407,18 @@ class CausalBackward {
 
   // Prepares a chunk from its border as pass F did, with R and c in its frame.
   Keys prepare_reverse(int64_t first, int64_t n) {
-    __builtin_memcpy(s_.r, border(first), width_ * sizeof(T));
-    __builtin_memcpy(s_.z, border(first) + width_, width_ * sizeof(T));
+    __builtin_memcpy(h_.r, border(first), width_ * sizeof(T));
+    __builtin_memcpy(h_.z, border(first) + width_, width_ * sizeof(T));
     const Keys keys = prepare_chunk<Operands::gradient_reverse>(first, n);
     enter_frame();
     return keys;
   }
 
-  void reverse_chunk(int64_t first) {
+  void reverse_chunk(int64_t first, const CausalBackward& next, int64_t next_first) {
     const int64_t n = tokens_in_chunk(first);
     const Keys keys = prepare_reverse(first, n);
     const RowsInUse<T> dys(dy_, first, n, s_.dy, value_stride_, cpu::kMaxRowStride);
-    PrefetchList next(tile_count(r_state_) + tile_count(r_transposed_));
+    PrefetchList list(tile_count(r_state_) + tile_count(r_transposed_));
     // R += w (x) dy, dv = e . R
     ScanOperands<T> scan = scan_operands(n, r_state_, s_.dv);
     scan.x = second_of_pair(s_.ew);
@@ -372,8 +432,9 @@ class CausalBackward {
     transposed.y = columns<const T>(s_.weights);
     scan.reverse = transposed.reverse = true;
     scan.alpha = transposed.alpha = s_.alpha;
-    if (first > begin_) next.add(first - kChunk, k_, q_, v_, dy_, dk_, dv_);
-    scan.prefetch = transposed.prefetch = &next;
+    if (next_first >= begin_)
+      list.add(next_first, next.k_, next.q_, next.v_, next.dy_, next.dk_, next.dv_);
+    scan.prefetch = transposed.prefetch = &list;
     if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::rows_after>(scan);
       scan_tiles<T, Part::both, Decay::columns_after>(transposed);
@@ -391,12 +452,12 @@ class CausalBackward {
   template <bool kRise>
   void carry_queries(int64_t first, int64_t n) {
     for (int64_t l = 0; l < width_; l += kLanes<T>) {
-      Vec<T> c = load(s_.c + l);
+      Vec<T> c = load(h_.c + l);
       for (int64_t t = n - 1; t >= 0; --t) {
         c -= load(wu_ + (first + t) * wu_stride_ + l);
         if constexpr (kRise) c *= load(blocked(s_.alpha, t, l));
       }
-      store(s_.c + l, c);
+      store(h_.c + l, c);
     }
   }
 
@@ -406,14 +467,14 @@ class CausalBackward {
     const RowsResult<T> dk(dk_, first, s_.dk, stride_);
     const T scale = T(task_.scale);
     for (int64_t l = 0; l < width_; l += kLanes<T>) {
-      Vec<T> c = load(s_.c + l);
+      Vec<T> c = load(h_.c + l);
       for (int64_t t = n - 1; t >= 0; --t) {
         c -= load(wu_ + (first + t) * wu_stride_ + l);
         const Vec<T> vr = load(blocked(s_.u, t, l));
         store(dk.data + t * dk.stride + l, load_x(s_.ew, t, l) * (vr + c) * scale);
         if constexpr (kRise) c *= load(blocked(s_.alpha, t, l));
       }
-      store(s_.c + l, c);
+      store(h_.c + l, c);
     }
     dk.flush(n);
   }
@@ -423,14 +484,14 @@ class CausalBackward {
     const HeadState &d = task_.d_initial, &initial = task_.initial;
     if (!d.norm) return;
     if (end_ > 0) {
-      __builtin_memcpy(s_.r, border(0), width_ * sizeof(T));
+      __builtin_memcpy(h_.r, border(0), width_ * sizeof(T));
       enter_frame();
     }
     for (int64_t l = 0; l < task_.latents; ++l) {
       const T mass = read<T>(initial.norm, l * initial.norm_stride);
       const bool empty =
           mass == 0 || read<T>(initial.max, l * initial.max_stride) == -T(__builtin_inf());
-      T d_norm = empty ? T(0) : s_.c[l];
+      T d_norm = empty ? T(0) : h_.c[l];
       for (int64_t i = 0; i < task_.dim; ++i) {
         const T r = empty ? T(0) : r_state_.at(l, i);
         const T mean =
@@ -445,19 +506,30 @@ class CausalBackward {
 
   const HeadTask& task_;
   const Sink<T> dq_, dk_, dv_;
-  const CausalBackwardScratch<T> s_;
+  const CausalBackwardScratch<T>& s_;
+  const typename CausalBackwardScratch<T>::Head& h_;
   const Source<T> q_ = logits_q<T>(task_), k_ = logits_k<T>(task_, task_.group);
   const Source<T> v_ = values<T>(task_, task_.group), dy_ = output_gradient<T>(task_);
   const int64_t begin_ = task_.begin * task_.group, end_ = task_.end * task_.group;
   const int64_t width_ = round_up<T>(task_.latents);
   const int64_t stride_ = padded_stride<T>(width_);
   const int64_t value_stride_ = padded_stride<T>(round_up<T>(task_.dim));
-  const Normaliser<T> norm_{s_.r, s_.z, s_.top};
-  const Tiles<T> forward_state_{s_.forward_state, task_.dim, task_.latents};
-  const Tiles<T> r_state_{s_.r_state, task_.latents, task_.dim};
-  const Tiles<T> r_transposed_{s_.r_transposed, task_.dim, task_.latents};
+  const Normaliser<T> norm_{h_.r, h_.z, h_.top};
+  const Tiles<T> forward_state_{h_.forward_state, task_.dim, task_.latents};
+  const Tiles<T> r_state_{h_.r_state, task_.latents, task_.dim};
+  const Tiles<T> r_transposed_{h_.r_transposed, task_.dim, task_.latents};
   T *borders_, *wu_;
   int64_t wu_stride_;
 };
+
+template <class T>
+inline void causal_backward(const HeadTask& task, Arena arena) {
+  static_assert(cpu::kHeadsTogether == 2);
+  const CausalBackwardScratch<T> scratch(arena, task);
+  const int64_t last = task.together - 1;
+  CausalBackward<T> heads[] = {{task, scratch, 0}, {(&task)[last], scratch, last}};
+  CausalBackward<T>::forward(heads, task.together);
+  CausalBackward<T>::reverse(heads, task.together);
+}
 
 }  // namespace latte::LATTE_ISA

@@ -58,6 +58,17 @@ constexpr int64_t reverse_cut(int64_t i, int64_t n, int64_t tokens) {
 // Bidirectional segments are equal: n of them.
 constexpr int64_t even_cut(int64_t i, int64_t n, int64_t tokens) { return cut_at(tokens, i, n); }
 
+// Heads whose rows lie side by side in memory, as (B,T,H,.) stores them, are walked together, chunk
+// by chunk, so that each page is visited once for all of them: 0.92 times the time forward, 0.93
+// backward, with 8 heads of 8,192 tokens. Four or eight at once gain no more than two.
+inline constexpr int64_t kHeadsTogether = 2;
+// As many, unless a thread then had more heads to walk.
+constexpr int64_t heads_together(int64_t sequences, int64_t heads, int threads) {
+  const int64_t groups = sequences * ((heads + kHeadsTogether - 1) / kHeadsTogether);
+  const int64_t turns = (groups + threads - 1) / threads * kHeadsTogether;
+  return turns <= (sequences * heads + threads - 1) / threads ? kHeadsTogether : 1;
+}
+
 // Recurrences and convolutions move memory: rows of a block of channels, as long as its carries and
 // tiles stay in the first- and second-level cache. Long rows keep the prefetchers in step.
 inline constexpr int64_t kBlockChannels = 512;

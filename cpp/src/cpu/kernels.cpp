@@ -57,6 +57,12 @@ int64_t shared(Kernel kernel, const HeadTask& task) {
 }
 
 template <class T>
+CausalBackwardScratch<T> causal_scratch(const HeadTask& task, void* memory) {
+  Arena arena(memory);
+  return {arena, task};
+}
+
+template <class T>
 void run(Kernel kernel, const HeadTask& task, void* memory) {
   const FlushSubnormals flush;
   const Arena arena(memory);
@@ -65,16 +71,16 @@ void run(Kernel kernel, const HeadTask& task, void* memory) {
       causal_forward<T>(task, arena);
       break;
     case Kernel::causal_gradient_forward:
-      CausalBackward<T>(task, arena).forward();
+      CausalBackward<T>(task, causal_scratch<T>(task, memory)).forward();
       break;
     case Kernel::causal_gradient_summary:
-      CausalBackward<T>(task, arena).summarise();
+      CausalBackward<T>(task, causal_scratch<T>(task, memory)).summarise();
       break;
     case Kernel::causal_gradient_reverse:
-      CausalBackward<T>(task, arena).reverse();
+      CausalBackward<T>(task, causal_scratch<T>(task, memory)).reverse();
       break;
     case Kernel::causal_backward:
-      CausalBackward<T>(task, arena).whole();
+      causal_backward<T>(task, arena);
       break;
     case Kernel::key_summary:
       Bidirectional<T>(task, arena, false).summarise();

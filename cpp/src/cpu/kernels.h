@@ -49,6 +49,9 @@ struct HeadTask {
   // What backward carries over a cut: causal (frame, c, R), bidirectional H in `mean`.
   HeadState carry_in, carry_out;
   void* shared = nullptr;  // shared_bytes() that the stages of one backward task have in common
+  // This task is the first of so many in an array, of heads of one sequence, that causal_forward
+  // and causal_backward walk together, chunk by chunk: kHeadsTogether at most.
+  int64_t together = 1;
 };
 
 enum class Kernel : int32_t {
@@ -84,7 +87,7 @@ struct KernelTable {
   const char* isa;
   // Bytes of 64-byte aligned scratch that run() needs for the task; reads no tensor.
   int64_t (*workspace_bytes)(Kernel kernel, bool is_double, const HeadTask& task);
-  // Bytes of HeadTask::shared, 64-byte aligned, that a backward task needs.
+  // Bytes of HeadTask::shared, 64-byte aligned, that each backward task needs.
   int64_t (*shared_bytes)(Kernel kernel, bool is_double, const HeadTask& task);
   void (*run)(Kernel kernel, bool is_double, const HeadTask& task, void* workspace);
   // Does so many rounds of float32 multiply-adds in registers; returns the operations done.

@@ -71,7 +71,10 @@ HeadTask sequence_task(const Params& p, const Problem& problem, int64_t sequence
   return task;
 }
 
-// The tasks of a call: how many, which kernel, and task i.
+// Do the heads of a token lie side by side, as in (B,T,H,.)?
+bool heads_inside(const Tensor& rows) { return rows.stride[1] < rows.stride[2]; }
+
+// The tasks of a call: how many, which kernel, whether heads are walked together, and task i.
 class ForwardCall {
  public:
   explicit ForwardCall(const LatentAttentionForward& p) : problem(validate(p)), p_(p) {
@@ -83,6 +86,7 @@ class ForwardCall {
   Kernel kernel() const {
     return p_.causal ? Kernel::causal_forward : Kernel::bidirectional_forward;
   }
+  bool together() const { return p_.causal && heads_inside(p_.v); }
   int64_t tasks_per_sequence() const { return problem.heads / group_; }
   int64_t tokens(int64_t sequence) const { return range_of(p_, problem, sequence).tokens; }
   double flops_per_token() const { return 4.0; }
@@ -109,6 +113,12 @@ class BackwardCall {
   bool causal() const { return p_.causal; }
   Kernel kernel() const {
     return p_.causal ? Kernel::causal_backward : Kernel::bidirectional_backward;
+  }
+  // Half precision keeps rows of its own between the passes: of two heads they cost more memory
+  // traffic (1.05 times the time) than the pages save.
+  bool together() const {
+    return p_.causal && heads_inside(p_.v) && p_.dk.dtype != DType::bfloat16 &&
+           p_.dk.dtype != DType::float16;
   }
   int64_t tasks_per_sequence() const { return problem.kv_heads; }
   int64_t tokens(int64_t sequence) const { return range_of(p_, problem, sequence).tokens; }
@@ -139,6 +149,7 @@ class StepCall {
   explicit StepCall(const LatentAttentionStep& p)
       : problem(validate(p)), p_(p), group_(problem.heads / problem.kv_heads) {}
   Kernel kernel() const { return Kernel::step; }
+  bool together() const { return false; }
   int64_t tasks_per_sequence() const { return problem.kv_heads; }
   int64_t tokens(int64_t) const { return 1; }
   double flops_per_token() const { return 4.0 * static_cast<double>(group_); }
@@ -179,11 +190,14 @@ class Plan {
     total_ *= call.tasks_per_sequence();
     threads_ = cpu::useful_threads(flops, cpu::kThreaded ? threads : 1);
     element_size_ = p.is_double ? 8 : 4;
+    if (call.together())
+      together_ = cpu::heads_together(p.sequences, call.tasks_per_sequence(), threads_);
     const auto& kernels = cpu::kernels();
     const int64_t slot = cpu::Slots::bytes(p.latents, p.dim, element_size_);
     int64_t per_cut_task = 0;
     for (int64_t n = 0; n < p.sequences && tasks() > 0; ++n) {
-      const HeadTask task = call.task(n * call.tasks_per_sequence());
+      HeadTask task = call.task(n * call.tasks_per_sequence());
+      task.together = together_;
       const int64_t parts = parts_of(n);
       const int64_t shared = kernels.shared_bytes(call.kernel(), p.is_double, task);
       if (n == 0) {
@@ -202,7 +216,7 @@ class Plan {
       }
     }
     cut_bytes_ = per_cut_task;
-    if (cuts_ == 0 && tasks() < threads_) threads_ = tasks() < 1 ? 1 : static_cast<int>(tasks());
+    if (cuts_ == 0 && groups() < threads_) threads_ = groups() < 1 ? 1 : static_cast<int>(groups());
   }
 
   int64_t bytes() const {
@@ -219,7 +233,7 @@ class Plan {
       int64_t stages = 0;
       for (int64_t c = 0; c < cuts_; ++c) stages += stages_of(cut_sequences[c], phase);
       // The cut sequences are the long ones: they start first.
-      const int64_t whole = phase == 0 ? tasks() : 0;
+      const int64_t whole = phase == 0 ? groups() : 0;
       cpu::parallel_for(stages + whole, threads_, [&](int64_t i, int thread) {
         char* const scratch = base + thread * thread_bytes();
         i < stages ? run_stage(cut_sequences, phase, i, base, scratch)
@@ -230,6 +244,10 @@ class Plan {
 
  private:
   int64_t tasks() const { return call_.problem.sequences * call_.tasks_per_sequence(); }
+  int64_t groups_per_sequence() const {
+    return (call_.tasks_per_sequence() + together_ - 1) / together_;
+  }
+  int64_t groups() const { return call_.problem.sequences * groups_per_sequence(); }
   int64_t parts_of(int64_t sequence) const {
     return Stages::kPhases > 1 ? cpu::parts(call_.tokens(sequence), total_, threads_) : 1;
   }
@@ -239,8 +257,10 @@ class Plan {
   int64_t slot_bytes() const {
     return cpu::Slots::bytes(call_.problem.latents, call_.problem.dim, element_size_);
   }
-  int64_t thread_bytes() const {
-    return scratch_ + shared_ + (call_.kernel() == Kernel::causal_backward ? slot_bytes() : 0);
+  int64_t thread_bytes() const { return scratch_ + together_ * task_bytes(); }
+  // What a task needs beside the scratch: the shared part, and a final state.
+  int64_t task_bytes() const {
+    return shared_ + (call_.kernel() == Kernel::causal_backward ? slot_bytes() : 0);
   }
   int64_t list_bytes() const { return (cuts_ * 8 + 63) / 64 * 64; }
   cpu::Slots slots(char* base) const {
@@ -251,13 +271,21 @@ class Plan {
   }
 
   void run_whole(int64_t i, char* scratch) const {
-    if (parts_of(i / call_.tasks_per_sequence()) > 1) return;
-    HeadTask task = call_.task(i);
-    task.shared = scratch + scratch_;
-    // Pass R starts from the final state that pass F leaves.
-    if (call_.kernel() == Kernel::causal_backward)
-      task.final = slots(scratch + scratch_ + shared_)[0];
-    runner(scratch)(call_.kernel(), task);
+    const int64_t sequence = i / groups_per_sequence();
+    if (parts_of(sequence) > 1) return;
+    const int64_t heads = call_.tasks_per_sequence(), head = i % groups_per_sequence() * together_;
+    const int64_t count = heads - head < together_ ? heads - head : together_;
+    HeadTask group[cpu::kHeadsTogether];
+    for (int64_t h = 0; h < count; ++h) {
+      HeadTask& task = group[h];
+      char* const memory = scratch + scratch_ + h * task_bytes();
+      task = call_.task(sequence * heads + head + h);
+      task.shared = memory;
+      // Pass R starts from the final state that pass F leaves.
+      if (call_.kernel() == Kernel::causal_backward) task.final = slots(memory + shared_)[0];
+    }
+    group->together = count;
+    runner(scratch)(call_.kernel(), *group);
   }
 
   void run_stage(const int64_t* cut_sequences, int phase, int64_t i, char* base,
@@ -276,6 +304,7 @@ class Plan {
 
   const Call& call_;
   int64_t total_ = 0, element_size_ = 4, scratch_ = 0, shared_ = 0, cuts_ = 0, cut_bytes_ = 0;
+  int64_t together_ = 1;
   int threads_ = 1;
 };
 
