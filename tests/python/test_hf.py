@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -230,6 +231,66 @@ def test_cache_moves_and_multiplies(variant: str) -> None:
     assert cache.batch_size == 2
 
 
+def load_half(model: Any, folder: Path) -> Any:
+    """In bfloat16, as from_pretrained does it: with rotations in float32."""
+    model.save_pretrained(folder)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_half_precision_rotates_as_float32(family: str, tmp_path: Path) -> None:
+    wide, half = tiny(family), load_half(tiny(family), tmp_path)
+    for model in (wide, half):
+        hf.convert(model, **OPEN)
+    for one, other in zip(attention_layers(wide), attention_layers(half), strict=True):
+        assert (one.latte_plan.rotation is None) == (other.latte_plan.rotation is None)
+        if one.latte_plan.rotation is not None:
+            assert one.latte_plan.rotation == other.latte_plan.rotation
+
+
+def test_weights_stay_float32_beside_bfloat16(tmp_path: Path) -> None:
+    model = hf.convert(load_half(tiny(), tmp_path / "pretrained"), **OPEN)
+    ids = tokens()
+    assert {p.dtype for p in model.latte_parameters()} == {torch.float32}
+    loaded = load_half(model, tmp_path / "converted")
+    assert {p.dtype for p in loaded.latte_parameters()} == {torch.float32}
+    assert loaded.dtype == torch.bfloat16
+    assert torch.equal(logits(loaded, ids), logits(model, ids))
+
+
+def test_cache_by_its_old_name() -> None:
+    """past_key_values, which transformers renamed: the cache that was given, no new one."""
+    model, ids = converted(), tokens(1, 30)
+    want = logits(model, ids)
+    cache = hf.LatteCache(model.config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        with torch.no_grad():
+            model(input_ids=ids[:, :20], past_key_values=cache)
+            got = model(input_ids=ids[:, 20:], past_key_values=cache).logits
+    assert_same(got, want[:, 20:])
+    assert cache.get_seq_length() == 30
+
+
+def test_cache_in_training() -> None:
+    """None by default, and one where it is asked for."""
+    model, ids = converted().train(), tokens(1, 12)
+    assert model(input_ids=ids).cache is None
+    assert isinstance(model(input_ids=ids, use_cache=True).cache, hf.LatteCache)
+    assert isinstance(model.eval()(input_ids=ids).cache, hf.LatteCache)
+
+
+@pytest.mark.parametrize("options", [{"latent_heads": 3}, {"layers": [7]}, {"window": 0}])
+def test_a_refused_conversion_leaves_the_model(options: dict[str, Any]) -> None:
+    model, ids = tiny(), tokens()
+    want = logits(model, ids)
+    with pytest.raises(ValueError, match=r"\["):
+        hf.convert(model, **{**OPEN, **options})
+    assert type(model).__name__ == "LlamaForCausalLM"
+    assert torch.equal(logits(model, ids), want)
+    assert all(p.requires_grad for p in model.parameters())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_save_and_load(variant: str, tmp_path: Path) -> None:
     model, ids = converted(**VARIANTS[variant]), tokens()
@@ -283,8 +344,7 @@ def test_gradient_checkpointing() -> None:
     parameters = list(model.latte_parameters())
     model.train()
     want = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters)
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable()
+    model.activation_checkpointing_enable()
     got = torch.autograd.grad(model(input_ids=ids, labels=ids).loss, parameters)
     for one, other in zip(got, want, strict=True):
         torch.testing.assert_close(one, other)

@@ -58,7 +58,7 @@ class ConvertedAttention(Derived, nn.Module):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The family's forward pass; attention learns what its interface does not pass on."""
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        cache = kwargs.get("cache")
         given = Given(hidden_states, cache, kwargs.get("position_ids"))
         return super().forward(hidden_states, *args, latte_given=given, **kwargs)
 

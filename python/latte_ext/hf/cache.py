@@ -118,8 +118,6 @@ class LatteLayer(CacheLayerMixin):  # type: ignore[misc]
     def get_max_length(self) -> int:
         return -1
 
-    get_max_cache_shape = get_max_length  # its name before transformers 5.20
-
     @property
     def batch_size(self) -> int:
         return -1 if self.past is None else self.past.window.batch

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
 from .attention import IMPLEMENTATION, ConvertedAttention, Plan
@@ -34,6 +34,9 @@ _LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 class LatteMixin(Derived, PreTrainedModel):  # type: ignore[misc]
     """The base that `convert` gives to the class of a model."""
+
+    # Of names of weights: they are float32 beside a bfloat16 model, loaded ones too.
+    _keep_in_fp32_modules_strict = ("latte",)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -54,17 +57,16 @@ class LatteMixin(Derived, PreTrainedModel):  # type: ignore[misc]
     def _prepare_cache_for_generation(
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> Any:
-        name = cache_name()
-        if generation_config.use_cache is not False and model_kwargs.get(name) is None:
+        if generation_config.use_cache is not False and model_kwargs.get("cache") is None:
             kind = generation_config.cache_implementation
             if kind not in (None, "dynamic"):
                 raise ValueError(
                     f"[generate] cache_implementation is {kind!r}, expected None: a converted "
                     "model has a LatteCache"
                 )
-            model_kwargs[name] = LatteCache(self.config)
-            if getattr(generation_config, "is_assistant", False):
-                model_kwargs[name].activate_past_recording()
+            model_kwargs["cache"] = LatteCache(self.config)
+            if generation_config.is_assistant:
+                model_kwargs["cache"].activate_past_recording()
             return None
         return super()._prepare_cache_for_generation(
             generation_config, model_kwargs, *args, **kwargs
@@ -123,6 +125,11 @@ def convert(model: PreTrainedModel, **options: Any) -> Any:
         "rotations": [rotation.to_dict() for rotation in known],
         "layer_rotations": [None if r is None else known.index(r) for r in rotations],
     }
+    # Raises before the model is touched; on a device that holds no weights.
+    for index in latte["layers"]:
+        LatentBranch(settings, _shape(layers[index]), causal=causal, device="meta")
+        if settings.output_rank:
+            _output(layers[index])
     config_class = config_class_of(type(config))
     model_class = derive(LatteMixin, type(model), config_class=config_class)
     # A copy: a configuration may be that of other models too.
@@ -176,13 +183,16 @@ def _give_cache(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """A forward pre-hook: a cache of the right kind where the family's code would make one. (A
     forward() of our own would hide the family's signature, by which generate() goes.)"""
-    name, use_cache = cache_name(), kwargs.get("use_cache")
-    use_cache = getattr(model.config, "use_cache", False) if use_cache is None else use_cache
-    if use_cache and kwargs.get(name) is None and model.config.latte["causal"]:
-        if model.training:
-            kwargs["use_cache"] = False
-        elif model.config._attn_implementation == IMPLEMENTATION:
-            kwargs[name] = LatteCache(model.config)
+    # past_key_values is transformers' old name of cache, which it still takes.
+    given = [kwargs.get(name) for name in ("cache", "past_key_values")]
+    wanted = kwargs.get("use_cache")
+    if wanted is None and model.training:
+        kwargs["use_cache"] = False
+    elif wanted is None:
+        wanted = getattr(model.config, "use_cache", False)
+    converted = model.config._attn_implementation == IMPLEMENTATION
+    if wanted and converted and model.config.latte["causal"] and given == [None, None]:
+        kwargs["cache"] = LatteCache(model.config)
     return args, kwargs
 
 
@@ -326,19 +336,23 @@ def _check_rope(config: Any, settings: LatteSettings, rotations: list[Rotation |
 class _Seen(Exception):
     """Carries the query of a layer out of it."""
 
+    def __init__(self, query: Tensor) -> None:
+        super().__init__()
+        self.query = query
+
+
+def _catch(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
+    raise _Seen(query)
+
+
+AttentionInterface.register("latte_probe", _catch)
+
 
 def find_rotations(model: Any, layers: list[ConvertedAttention]) -> list[Rotation | None]:
     """The rotation of each layer, from the queries that it makes at positions 0 and 1."""
-    from transformers import AttentionInterface
-
-    def catch(module: nn.Module, query: Tensor, *args: Any, **kwargs: Any) -> Any:
-        raise _Seen(query, kwargs.get("dropout", 0.0))
-
-    name = "latte_probe"
-    AttentionInterface.register(name, catch)
     config = model.config
     before = config._attn_implementation
-    config._attn_implementation = name
+    config._attn_implementation = "latte_probe"
     width, device, dtype = config.hidden_size, model.device, model.dtype
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1, 1, width, generator=generator).to(device, dtype)
@@ -357,7 +371,7 @@ def find_rotations(model: Any, layers: list[ConvertedAttention]) -> list[Rotatio
                     with torch.no_grad():
                         layer(hidden, **arguments)
                 except _Seen as seen:
-                    queries.append(seen.args[0].float())
+                    queries.append(seen.query)
                 else:
                     raise ValueError(
                         f"[convert] {type(layer).__name__} does not go through transformers' "
@@ -381,12 +395,3 @@ def _embedding(
         if kind is not None and hasattr(rotary, f"{kind}_inv_freq"):
             return rotary(hidden.float(), position_ids, layer_type=kind)  # type: ignore[no-any-return]
         return rotary(hidden.float(), position_ids)  # type: ignore[no-any-return]
-
-
-def cache_name() -> str:
-    import inspect
-
-    from transformers import LlamaForCausalLM
-
-    parameters = inspect.signature(LlamaForCausalLM.forward).parameters
-    return "cache" if "cache" in parameters else "past_key_values"

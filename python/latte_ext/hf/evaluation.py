@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .cache import LatteCache
-from .convert import attention_layers, cache_name, check_converted
+from .convert import attention_layers, check_converted
 
 
 @contextmanager
@@ -78,13 +78,13 @@ def token_losses(model: Any, ids: Tensor, *, chunk: int | None = 2048) -> Tensor
             vocabulary times T; None: all in one call.
     """
     model.eval()
-    name, cache = cache_name(), None
+    cache = None
     losses: list[Tensor] = []
     for part in ids.split(ids.shape[0] if chunk is None else chunk):
         first = sum(x.shape[0] for x in losses)
-        options = {"use_cache": chunk is not None, name: cache}
+        options = {"use_cache": chunk is not None, "cache": cache}
         out = model(input_ids=part[None], **options)
-        cache = out[name] if chunk is not None else None
+        cache = out.cache if chunk is not None else None
         targets = ids[first + 1 : first + 1 + part.shape[0]]
         logits = out.logits[0, : targets.shape[0]]
         losses.append(
@@ -115,14 +115,14 @@ def decode_costs(
     """
     check_converted("decode_costs", model)
     model.eval()
-    name, cache, costs = cache_name(), LatteCache(model.config), []
+    cache, costs = LatteCache(model.config), []
     for position in positions:
         for part in ids[cache.get_seq_length() : position].split(2048):
-            model(input_ids=part[None], use_cache=True, **{name: cache})
+            model(input_ids=part[None], use_cache=True, cache=cache)
         times = []
         for token in ids[position : position + steps].split(1):
             begun = time.perf_counter()
-            model(input_ids=token[None], use_cache=True, **{name: cache})
+            model(input_ids=token[None], use_cache=True, cache=cache)
             times.append(time.perf_counter() - begun)
         costs.append(DecodeCost(position, sorted(times)[len(times) // 2], cache.nbytes))
     return costs

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from .._progress import Bar
-from .convert import convert, load_adapter, save_adapter
+from .convert import convert, save_adapter
 from .evaluation import (
     Difference,
     bucket_means,
@@ -186,7 +186,6 @@ def train(model: Any, texts: Tensor, args: argparse.Namespace) -> float:
     bar.finish(f"{seconds / 60:.1f} minutes")
     run.save(checkpoint)
     save_adapter(model, args.out / _ADAPTER)
-    load_adapter(model, args.out / _ADAPTER)
     return (run.step_index - first) * recipe.tokens * recipe.batch / max(seconds, 1e-9)
 
 

@@ -40,6 +40,9 @@ def find_rotation(start: Tensor, turned: Tensor, cos: Tensor, sin: Tensor) -> Ro
     """
     if torch.equal(start, turned):
         return None
+    # Queries of half precision are rounded after their rotation.
+    tolerance = max(1e-4, 4 * torch.finfo(turned.dtype).eps)
+    start, turned = start.float(), turned.float()
     # Of one period: the angle of a pair at position 1 is its rate, which is at most 1.
     angle = torch.atan2(sin.double(), cos.double()).flatten()
     half = angle.shape[0] // 2
@@ -47,7 +50,7 @@ def find_rotation(start: Tensor, turned: Tensor, cos: Tensor, sin: Tensor) -> Ro
     for rates, interleaved in ((angle[:half], False), (angle[::2], True), (angle[:half], True)):
         rotation = Rotation(tuple(rates.tolist()), interleaved)
         error = (rotation.turn(start, by) - turned).abs().max()
-        if error <= 1e-4 * turned.abs().max():
+        if error <= tolerance * turned.abs().max():
             return rotation
     raise ValueError(
         "[convert] the rotary embedding is of a kind that is not known, expected one that turns "

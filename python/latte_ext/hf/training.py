@@ -87,9 +87,7 @@ class Training:
             for parameter in self.parameters:
                 distributed.broadcast(parameter.data, 0)
         if recipe.checkpoint:
-            # Its name before transformers 5.20.
-            old = model.gradient_checkpointing_enable
-            getattr(model, "activation_checkpointing_enable", old)()
+            model.activation_checkpointing_enable()
 
     @property
     def done(self) -> bool:
