@@ -398,9 +398,8 @@ LATTE_INLINE float log_scalar(float x) { return __builtin_logf(x); }
 LATTE_INLINE double log_scalar(double x) { return __builtin_log(x); }
 
 // 2^x - 1 for x <= 0, and 2^x in `e`, each with a small relative error of its own: both come from
-// 2^x = 2^n (1 + f (log(2) + ..)), of which Taylor's polynomial of degree 6 is within 1.2e-7 for
-// |f|
-// <= 1/2. Below -126 e stays at the smallest normal number; NaN passes.
+// 2^x = 2^n (1 + f (log(2) + ..)), of which a minimax polynomial for |f| <= 1/2 is within 2.1e-8.
+// Below -126 e stays at the smallest normal number; NaN passes.
 LATTE_INLINE VecF exp2m1(VecF x, VecF& e) {
   using VecI = VectorOf<float>::integer;
   const VecF bounded = max(splat(-126.0f), x);
@@ -408,11 +407,11 @@ LATTE_INLINE VecF exp2m1(VecF x, VecF& e) {
   const VecF magic = splat(12583039.0f);
   const VecF z = bounded + magic;
   const VecF f = bounded - (z - magic);
-  VecF p = 1.540353039e-04f * f + 1.333355815e-03f;
-  p = p * f + 9.618129108e-03f;
-  p = p * f + 5.550410866e-02f;
-  p = p * f + 2.402265070e-01f;
-  p = p * f + 6.931471806e-01f;
+  VecF p = 1.540351223e-04f * f + 1.339073526e-03f;
+  p = p * f + 9.618237615e-03f;
+  p = p * f + 5.550357327e-02f;
+  p = p * f + 2.402264923e-01f;
+  p = p * f + 6.931471825e-01f;
   const VecF scale = (VecF)((VecI)z << 23), fraction = scale * (p * f);
   e = scale + fraction;
   return fraction + (scale - 1.0f);
