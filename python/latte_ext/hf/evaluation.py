@@ -97,11 +97,13 @@ def token_losses(model: Any, ids: Tensor, *, chunk: int | None = 2048) -> Tensor
 
 
 class DecodeCost(NamedTuple):
-    """Median seconds of a decoding step behind `position` tokens, and bytes of the cache there."""
+    """Median seconds of a decoding step behind `position` tokens, bytes of the cache there, and
+    tokens per second of the prefill from the position before it."""
 
     position: int
     seconds: float
     nbytes: int
+    prefill: float
 
 
 @torch.inference_mode()
@@ -117,14 +119,17 @@ def decode_costs(
     model.eval()
     cache, costs = LatteCache(model.config), []
     for position in positions:
-        for part in ids[cache.get_seq_length() : position].split(2048):
-            model(input_ids=part[None], use_cache=True, cache=cache)
+        unread = ids[cache.get_seq_length() : position]
+        begun = time.perf_counter()
+        for part in unread.split(2048):
+            model(input_ids=part[None], use_cache=True, cache=cache, logits_to_keep=1)
+        prefill = unread.shape[0] / (time.perf_counter() - begun)
         times = []
         for token in ids[position : position + steps].split(1):
             begun = time.perf_counter()
             model(input_ids=token[None], use_cache=True, cache=cache)
             times.append(time.perf_counter() - begun)
-        costs.append(DecodeCost(position, sorted(times)[len(times) // 2], cache.nbytes))
+        costs.append(DecodeCost(position, sorted(times)[len(times) // 2], cache.nbytes, prefill))
     return costs
 
 

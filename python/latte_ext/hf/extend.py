@@ -296,7 +296,8 @@ def markdown(report: dict[str, Any], model: Any) -> str:
             "",
             f"A decoding step behind {far['position']:,} tokens over one behind "
             f"{near['position']:,}: {far['seconds'] / near['seconds']:.2f} times the time, "
-            f"{far['nbytes'] / near['nbytes']:.2f} times the {near['nbytes']:,} bytes of cache.",
+            f"{far['nbytes'] / near['nbytes']:.2f} times the {near['nbytes']:,} bytes of cache. "
+            f"Prefill between them: {far['prefill']:.0f} tokens per second.",
         ]
     return "\n".join(lines) + "\n"
 
