@@ -121,4 +121,15 @@ TEST(Heuristics, WindowSegmentsAreBlocksAndFewWindowsAreMetTwice) {
       }
 }
 
+TEST(Heuristics, StepsKeepStatesTogetherAndThreadsBusy) {
+  EXPECT_EQ(step_grain(8, 2), 1);
+  EXPECT_EQ(step_grain(320, 2), 10);
+  EXPECT_EQ(step_grain(1 << 20, 2), 64);
+  for (int64_t heads = 1; heads < 5000; heads += 7)
+    for (const int threads : {1, 2, 3, 16, 64})
+      if (heads >= 16 * threads) {
+        EXPECT_LE(step_grain(heads, threads) * 16 * threads, heads);
+      }
+}
+
 }  // namespace latte::cpu

@@ -69,6 +69,13 @@ constexpr int64_t heads_together(int64_t sequences, int64_t heads, int threads) 
   return turns <= (sequences * heads + threads - 1) / threads ? kHeadsTogether : 1;
 }
 
+// Consecutive heads that a thread steps: their states lie one behind the other, and a stream that
+// jumps at every head of 16 KiB keeps the prefetchers from running ahead. At most a sixteenth of a
+// thread's share, for balance.
+constexpr int64_t step_grain(int64_t heads, int threads) {
+  const int64_t share = heads / (16 * threads);
+  return share < 1 ? 1 : share < 64 ? share : 64;
+}
 // Recurrences and convolutions move memory: rows of a block of channels, as long as its carries and
 // tiles stay in the first- and second-level cache. Long rows keep the prefetchers in step.
 inline constexpr int64_t kBlockChannels = 512;

@@ -234,11 +234,14 @@ class Plan {
       for (int64_t c = 0; c < cuts_; ++c) stages += stages_of(cut_sequences[c], phase);
       // The cut sequences are the long ones: they start first.
       const int64_t whole = phase == 0 ? groups() : 0;
-      cpu::parallel_for(stages + whole, threads_, [&](int64_t i, int thread) {
-        char* const scratch = base + thread * thread_bytes();
-        i < stages ? run_stage(cut_sequences, phase, i, base, scratch)
-                   : run_whole(i - stages, scratch);
-      });
+      cpu::parallel_for(
+          stages + whole, threads_,
+          [&](int64_t i, int thread) {
+            char* const scratch = base + thread * thread_bytes();
+            i < stages ? run_stage(cut_sequences, phase, i, base, scratch)
+                       : run_whole(i - stages, scratch);
+          },
+          call_.kernel() == Kernel::step ? cpu::step_grain(groups(), threads_) : 1);
     }
   }
 

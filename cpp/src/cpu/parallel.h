@@ -27,19 +27,20 @@ inline void watch_forks() {
 inline constexpr bool kThreaded = false;
 #endif
 
-// Calls f(i, thread) for i in [0, n), thread in [0, threads). The caller gives the thread count;
-// OpenMP's own settings are never changed, and inside a parallel region the loop is serial.
+// Calls f(i, thread) for i in [0, n), thread in [0, threads), `grain` consecutive i by the same
+// thread. The caller gives the thread count; OpenMP's own settings are never changed, and inside a
+// parallel region the loop is serial.
 template <class F>
-void parallel_for(int64_t n, int threads, F f) {
+void parallel_for(int64_t n, int threads, F f, int64_t grain = 1) {
 #if defined(LATTE_OPENMP)
   watch_forks();
   if (threads > 1 && n > 1 && !omp_in_parallel() && !in_forked_child()) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
+#pragma omp parallel for num_threads(threads) schedule(dynamic, grain)
     for (int64_t i = 0; i < n; ++i) f(i, omp_get_thread_num());
     return;
   }
 #endif
-  (void)threads;
+  (void)threads, (void)grain;
   for (int64_t i = 0; i < n; ++i) f(i, 0);
 }
 
