@@ -81,3 +81,21 @@ def test_the_models_page_runs() -> None:
     logits = names["logits"]
     assert isinstance(logits, torch.Tensor)
     assert logits.shape == (2, 256)
+
+
+def test_reports_of_several_seeds_are_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def report(seed: int, mean: float) -> str:
+        spans = {"1024-8192": {"mean": mean, "error": 0.03}}
+        documents = {"prose": {"against": {"window and sinks": spans}}}
+        path = tmp_path / f"{seed}.json"
+        path.write_text(json.dumps({"recipe": {"seed": seed}, "documents": documents}))
+        return str(path)
+
+    module = load("compare_extended")
+    assert module.main([report(0, -0.10), report(1, -0.18)]) == 0
+    # 0.03 of the document and 0.04 = |0.18 - 0.10| / 2 of the seeds.
+    row = "| prose | window and sinks | 1024-8192 | -0.100 ± 0.030 | -0.180 ± 0.030 "
+    assert row + "| -0.140 ± 0.050 | -2.8 |" in capsys.readouterr().out
+    assert module.combine([(-0.1, 0.03)]) == (-0.1, 0.03)
