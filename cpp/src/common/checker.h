@@ -41,7 +41,7 @@ inline std::string shape_text(const int64_t* shape, int64_t rank) {
 // Checks the arguments of one call; every message starts with the op's name in brackets.
 class BaseChecker {
  public:
-  explicit BaseChecker(const char* op) : op_(op) {}
+  explicit BaseChecker(const char* op, Memory memory = Memory::host) : op_(op), memory_(memory) {}
 
   [[noreturn]] void fail(Error::Kind kind, const std::string& text) const {
     throw Error(kind, "[" + std::string(op_) + "] " + text);
@@ -116,8 +116,18 @@ class BaseChecker {
                                    ", expected 1 with cu_seqlens");
     if (borders < 1)
       fail(Error::Kind::value, "cu_seqlens has 0 elements, expected the number of sequences + 1");
+    if (reads_values()) rising(cu_seqlens, tokens);
+    return borders - 1;
+  }
+
+ protected:
+  bool reads_values() const { return memory_ == Memory::host; }
+
+ private:
+  // From 0 to the number of tokens.
+  void rising(const Tensor& cu_seqlens, int64_t tokens) const {
     int64_t previous = 0;
-    for (int64_t i = 0; i < borders; ++i) {
+    for (int64_t i = 0; i < cu_seqlens.shape[0]; ++i) {
       const int64_t border = sequence_border(cu_seqlens, i);
       if (i == 0 ? border != 0 : border < previous)
         fail(Error::Kind::value, "cu_seqlens[" + std::to_string(i) + "] is " +
@@ -128,11 +138,10 @@ class BaseChecker {
     if (previous != tokens)
       fail(Error::Kind::value, "cu_seqlens ends at " + std::to_string(previous) + ", expected " +
                                    std::to_string(tokens) + ", the number of tokens");
-    return borders - 1;
   }
 
- private:
   const char* op_;
+  Memory memory_;
 };
 
 }  // namespace latte

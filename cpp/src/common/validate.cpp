@@ -81,31 +81,6 @@ class Checker : public BaseChecker {
                             std::to_string(p.kv_heads) + " heads of k");
   }
 
-  // The number of packed sequences.
-  int64_t packed(const Tensor& cu_seqlens, int64_t batch, int64_t tokens) const {
-    dtype("cu_seqlens", cu_seqlens, {DType::int32, DType::int64});
-    rank("cu_seqlens", cu_seqlens, 1, "(sequences + 1,)");
-    memory("cu_seqlens", cu_seqlens);
-    const int64_t borders = cu_seqlens.shape[0];
-    if (batch != 1)
-      fail(Kind::value, "q has batch " + std::to_string(batch) + ", expected 1 with cu_seqlens");
-    if (borders < 1)
-      fail(Kind::value, "cu_seqlens has 0 elements, expected the number of sequences + 1");
-    int64_t previous = 0;
-    for (int64_t i = 0; i < borders; ++i) {
-      const int64_t border = sequence_border(cu_seqlens, i);
-      if (i == 0 ? border != 0 : border < previous)
-        fail(Kind::value, "cu_seqlens[" + std::to_string(i) + "] is " + std::to_string(border) +
-                              ", expected " +
-                              (i == 0 ? "0" : "at least " + std::to_string(previous)));
-      previous = border;
-    }
-    if (previous != tokens)
-      fail(Kind::value, "cu_seqlens ends at " + std::to_string(previous) + ", expected " +
-                            std::to_string(tokens) + ", the number of tokens");
-    return borders - 1;
-  }
-
   void finite_scale(double scale) const {
     if (!(scale - scale == 0))
       fail(Kind::value, "scale is " + std::to_string(scale) + ", expected a finite number");
@@ -124,6 +99,7 @@ class Checker : public BaseChecker {
   void positions(const char* name, const Tensor& t, int64_t sequences) const {
     shape(name, t, {sequences}, "(sequences,)");
     dtype(name, t, {DType::int64});
+    if (!reads_values()) return;
     for (int64_t n = 0; n < sequences; ++n) {
       const int64_t position = static_cast<const int64_t*>(t.data)[n * t.stride[0]];
       if (position < 0)
@@ -186,8 +162,8 @@ void validate_threads(const char* op, int threads) {
                      "threads is " + std::to_string(threads) + ", expected at least 1");
 }
 
-Problem validate(const LatentAttentionForward& p) {
-  const Checker check("latent_attention");
+Problem validate(const LatentAttentionForward& p, Memory memory) {
+  const Checker check("latent_attention", memory);
   const Problem problem = validate_inputs(check, p);
   check.shape("y", p.y, {problem.batch, problem.heads, problem.tokens, problem.dim},
               "(batch, heads, tokens, channels)");
@@ -197,8 +173,8 @@ Problem validate(const LatentAttentionForward& p) {
   return problem;
 }
 
-Problem validate(const LatentAttentionBackward& p) {
-  const Checker check("latent_attention_backward");
+Problem validate(const LatentAttentionBackward& p, Memory memory) {
+  const Checker check("latent_attention_backward", memory);
   const Problem problem = validate_inputs(check, p);
   check.shape("dy", p.dy, {problem.batch, problem.heads, problem.tokens, problem.dim},
               "(batch, heads, tokens, channels)");
@@ -440,20 +416,20 @@ void validate_latents(const Checker& check, const Params& p, WindowProblem& prob
 
 }  // namespace
 
-WindowProblem validate(const SlidingWindowForward& p) {
-  return validate_forward(Checker("sliding_window_attention"), p);
+WindowProblem validate(const SlidingWindowForward& p, Memory memory) {
+  return validate_forward(Checker("sliding_window_attention", memory), p);
 }
 
-WindowProblem validate(const SlidingWindowBackward& p) {
-  return validate_backward(Checker("sliding_window_attention_backward"), p);
+WindowProblem validate(const SlidingWindowBackward& p, Memory memory) {
+  return validate_backward(Checker("sliding_window_attention_backward", memory), p);
 }
 
-WindowProblem validate(const SlidingWindowStep& p) {
-  return validate_step(Checker("sliding_window_attention_step"), p);
+WindowProblem validate(const SlidingWindowStep& p, Memory memory) {
+  return validate_step(Checker("sliding_window_attention_step", memory), p);
 }
 
-WindowProblem validate(const MacchiatoForward& p) {
-  const Checker check("macchiato_attention");
+WindowProblem validate(const MacchiatoForward& p, Memory memory) {
+  const Checker check("macchiato_attention", memory);
   WindowProblem problem = validate_forward(check, p.window);
   validate_latents(check, p, problem);
   validate_rows(check, "latent.y", p.latent.y, problem, {compute_dtype(problem.is_double)});
@@ -461,8 +437,8 @@ WindowProblem validate(const MacchiatoForward& p) {
   return problem;
 }
 
-WindowProblem validate(const MacchiatoBackward& p) {
-  const Checker check("macchiato_attention_backward");
+WindowProblem validate(const MacchiatoBackward& p, Memory memory) {
+  const Checker check("macchiato_attention_backward", memory);
   WindowProblem problem = validate_backward(check, p.window);
   validate_latents(check, p, problem);
   const DType compute = compute_dtype(problem.is_double);
@@ -477,8 +453,8 @@ WindowProblem validate(const MacchiatoBackward& p) {
   return problem;
 }
 
-WindowProblem validate(const MacchiatoStep& p) {
-  const Checker check("macchiato_attention_step");
+WindowProblem validate(const MacchiatoStep& p, Memory memory) {
+  const Checker check("macchiato_attention_step", memory);
   WindowProblem problem = validate_step(check, p.window);
   check.rank("q_latent", p.q_latent, 3, "(sequences, heads, 1 + latents)");
   check.rank("k_latent", p.latent.k, 3, "(sequences, latent heads, latents)");

@@ -13,6 +13,10 @@ struct Problem {
   bool is_double = false;
 };
 
+// Where the tensors lie: the values of cu_seqlens and of positions are checked on the host only.
+// Kernels of a device bound what they read there.
+enum class Memory { host, device };
+
 struct WindowProblem {
   int64_t batch = 0, heads = 0, kv_heads = 0, tokens = 0, key_dim = 0, dim = 0;
   int64_t keys = 0;       // rows of k
@@ -22,15 +26,15 @@ struct WindowProblem {
   bool is_double = false;
 };
 
-WindowProblem validate(const SlidingWindowForward& params);
-WindowProblem validate(const SlidingWindowBackward& params);
-WindowProblem validate(const SlidingWindowStep& params);
-WindowProblem validate(const MacchiatoForward& params);
-WindowProblem validate(const MacchiatoBackward& params);
-WindowProblem validate(const MacchiatoStep& params);
+WindowProblem validate(const SlidingWindowForward& params, Memory memory = Memory::host);
+WindowProblem validate(const SlidingWindowBackward& params, Memory memory = Memory::host);
+WindowProblem validate(const SlidingWindowStep& params, Memory memory = Memory::host);
+WindowProblem validate(const MacchiatoForward& params, Memory memory = Memory::host);
+WindowProblem validate(const MacchiatoBackward& params, Memory memory = Memory::host);
+WindowProblem validate(const MacchiatoStep& params, Memory memory = Memory::host);
 
-Problem validate(const LatentAttentionForward& params);
-Problem validate(const LatentAttentionBackward& params);
+Problem validate(const LatentAttentionForward& params, Memory memory = Memory::host);
+Problem validate(const LatentAttentionBackward& params, Memory memory = Memory::host);
 Problem validate(const LatentAttentionStep& params);
 Problem validate(const StateMerge& params);
 void validate_threads(const char* op, int threads);

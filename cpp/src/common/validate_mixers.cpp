@@ -142,8 +142,8 @@ MixerProblem short_conv_inputs(const Checker& check, const Params& p) {
 
 }  // namespace
 
-MixerProblem validate(const LinearRecurrenceForward& p) {
-  const Checker check("linear_recurrence");
+MixerProblem validate(const LinearRecurrenceForward& p, Memory memory) {
+  const Checker check("linear_recurrence", memory);
   MixerProblem problem = check.sizes("a", p.a, p.cu_seqlens);
   check.tokens_like("b", p.b, problem);
   problem.is_double = check.compute_type({{"a", &p.a}, {"b", &p.b}});
@@ -153,8 +153,8 @@ MixerProblem validate(const LinearRecurrenceForward& p) {
   return problem;
 }
 
-MixerProblem validate(const LinearRecurrenceBackward& p) {
-  const Checker check("linear_recurrence_backward");
+MixerProblem validate(const LinearRecurrenceBackward& p, Memory memory) {
+  const Checker check("linear_recurrence_backward", memory);
   MixerProblem problem = check.sizes("a", p.a, p.cu_seqlens);
   check.tokens_like("h", p.h, problem);
   check.tokens_like("dh", p.dh, problem);
@@ -167,16 +167,16 @@ MixerProblem validate(const LinearRecurrenceBackward& p) {
   return problem;
 }
 
-MixerProblem validate(const RgLruForward& p) {
-  const Checker check("rg_lru");
+MixerProblem validate(const RgLruForward& p, Memory memory) {
+  const Checker check("rg_lru", memory);
   const MixerProblem problem = rg_lru_inputs(check, p);
   check.output("y", p.y, problem, p.x.dtype, true);
   check.state("final", p.final, problem, Access::write);
   return problem;
 }
 
-MixerProblem validate(const RgLruBackward& p) {
-  const Checker check("rg_lru_backward");
+MixerProblem validate(const RgLruBackward& p, Memory memory) {
+  const Checker check("rg_lru_backward", memory);
   const MixerProblem problem = rg_lru_inputs(check, p);
   check.tokens_like("y", p.y, problem);
   check.tokens_like("dy", p.dy, problem);
@@ -192,8 +192,8 @@ MixerProblem validate(const RgLruBackward& p) {
   return problem;
 }
 
-MixerProblem validate(const ShortConvForward& p) {
-  const Checker check("short_conv");
+MixerProblem validate(const ShortConvForward& p, Memory memory) {
+  const Checker check("short_conv", memory);
   MixerProblem problem = short_conv_inputs(check, p);
   if (present(p.bias)) check.shape("bias", p.bias, {problem.channels}, "(channels,)");
   problem.is_double = check.compute_type({{"x", &p.x}, {"weight", &p.weight}, {"bias", &p.bias}});
@@ -204,8 +204,8 @@ MixerProblem validate(const ShortConvForward& p) {
   return problem;
 }
 
-MixerProblem validate(const ShortConvBackward& p) {
-  const Checker check("short_conv_backward");
+MixerProblem validate(const ShortConvBackward& p, Memory memory) {
+  const Checker check("short_conv_backward", memory);
   MixerProblem problem = short_conv_inputs(check, p);
   check.tokens_like("dy", p.dy, problem);
   problem.is_double = check.compute_type({{"x", &p.x}, {"weight", &p.weight}, {"dy", &p.dy}});

@@ -2,6 +2,7 @@
 // The border of recurrences and convolutions.
 #pragma once
 
+#include "common/validate.h"
 #include "latte/latte.h"
 
 namespace latte {
@@ -14,11 +15,11 @@ struct MixerProblem {
   bool is_double = false;
 };
 
-MixerProblem validate(const LinearRecurrenceForward& params);
-MixerProblem validate(const LinearRecurrenceBackward& params);
-MixerProblem validate(const RgLruForward& params);
-MixerProblem validate(const RgLruBackward& params);
-MixerProblem validate(const ShortConvForward& params);
-MixerProblem validate(const ShortConvBackward& params);
+MixerProblem validate(const LinearRecurrenceForward& params, Memory memory = Memory::host);
+MixerProblem validate(const LinearRecurrenceBackward& params, Memory memory = Memory::host);
+MixerProblem validate(const RgLruForward& params, Memory memory = Memory::host);
+MixerProblem validate(const RgLruBackward& params, Memory memory = Memory::host);
+MixerProblem validate(const ShortConvForward& params, Memory memory = Memory::host);
+MixerProblem validate(const ShortConvBackward& params, Memory memory = Memory::host);
 
 }  // namespace latte

@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// The operators of latte.h on an NVIDIA GPU: the same structures, every tensor, state and workspace
+// in memory of the current device.
+//
+// A call checks shapes, strides and types, and only enqueues work on `stream`, a cudaStream_t
+// (null: the default stream): it never allocates and never synchronises, so that CUDA graphs can
+// capture it. Values on the device (cu_seqlens, masks, positions) are not checked; ranges out of
+// order or beyond the tokens are cut to what lies inside of the tensors.
+//
+// Errors: latte::Error, as in latte.h; of kind runtime, with CUDA's message, where a kernel cannot
+// be launched.
+#pragma once
+
+#include <cstdint>
+
+#include "latte/export.h"
+#include "latte/latte.h"
+
+namespace latte::cuda {
+
+// Workspace that the same call needs, in bytes (alignment is arranged inside). It depends on
+// shapes, strides and types alone, not on the device. 0: `workspace` may be null.
+LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionForward& params);
+LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionBackward& params);
+LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionStep& params);
+LATTE_EXPORT int64_t workspace_bytes(const LinearRecurrenceForward& params);
+LATTE_EXPORT int64_t workspace_bytes(const LinearRecurrenceBackward& params);
+LATTE_EXPORT int64_t workspace_bytes(const RgLruForward& params);
+LATTE_EXPORT int64_t workspace_bytes(const RgLruBackward& params);
+LATTE_EXPORT int64_t workspace_bytes(const ShortConvForward& params);
+LATTE_EXPORT int64_t workspace_bytes(const ShortConvBackward& params);
+LATTE_EXPORT int64_t workspace_bytes(const Rotate& params);
+
+LATTE_EXPORT void latent_attention_forward(const LatentAttentionForward& params, void* workspace,
+                                           void* stream);
+LATTE_EXPORT void latent_attention_backward(const LatentAttentionBackward& params, void* workspace,
+                                            void* stream);
+LATTE_EXPORT void latent_attention_step(const LatentAttentionStep& params, void* workspace,
+                                        void* stream);
+LATTE_EXPORT void linear_recurrence_forward(const LinearRecurrenceForward& params, void* workspace,
+                                            void* stream);
+LATTE_EXPORT void linear_recurrence_backward(const LinearRecurrenceBackward& params,
+                                             void* workspace, void* stream);
+LATTE_EXPORT void rg_lru_forward(const RgLruForward& params, void* workspace, void* stream);
+LATTE_EXPORT void rg_lru_backward(const RgLruBackward& params, void* workspace, void* stream);
+LATTE_EXPORT void short_conv_forward(const ShortConvForward& params, void* workspace, void* stream);
+LATTE_EXPORT void short_conv_backward(const ShortConvBackward& params, void* workspace,
+                                      void* stream);
+LATTE_EXPORT void state_merge(const StateMerge& params, void* stream);
+LATTE_EXPORT void rotate(const Rotate& params, void* workspace, void* stream);
+
+}  // namespace latte::cuda
