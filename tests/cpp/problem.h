@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "arrays.h"
+#include "backend.h"
 #include "oracle.h"
 
 namespace testing_latte {
@@ -66,7 +67,13 @@ struct Case {
 template <class Params>
 void run(const Params& params, int threads, int64_t offset = 1) {
   constexpr int64_t kGuard = 256;
-  const int64_t bytes = latte::workspace_bytes(params, threads);
+  constexpr bool kStep = std::is_same_v<Params, latte::LatentAttentionStep>;
+  int64_t bytes;
+  if constexpr (kStep) {
+    bytes = workspace_bytes(params, threads);
+  } else {
+    bytes = latte::workspace_bytes(params, threads);
+  }
   ASSERT_GE(bytes, 0);
   std::vector<unsigned char> memory(bytes + 2 * kGuard, 0xFF);
   const auto address = reinterpret_cast<uintptr_t>(memory.data());
@@ -77,7 +84,7 @@ void run(const Params& params, int threads, int64_t offset = 1) {
   } else if constexpr (std::is_same_v<Params, latte::LatentAttentionBackward>) {
     latte::latent_attention_backward(params, workspace, threads);
   } else {
-    latte::latent_attention_step(params, workspace, threads);
+    call(backend::latent_attention_step, params, workspace, threads);
   }
   for (int64_t i = 0; i < static_cast<int64_t>(memory.size()); ++i)
     if ((i < start || i >= start + bytes) && memory[i] != 0xFF)

@@ -131,14 +131,14 @@ void check_linear(const Case& c) {
   latte::LinearRecurrenceForward f;
   f.a = a.tensor(), f.b = b.tensor(), f.h = h.tensor();
   f.initial = initial.tensor(), f.final = final.tensor(), f.reverse = c.flag;
-  run(latte::linear_recurrence_forward, f, c.threads);
+  run(backend::linear_recurrence_forward, f, c.threads);
   f.h = wide.tensor();
-  run(latte::linear_recurrence_forward, f, c.threads);
+  run(backend::linear_recurrence_forward, f, c.threads);
   latte::LinearRecurrenceBackward g;
   g.a = a.tensor(), g.h = wide.tensor(), g.dh = dh.tensor(), g.da = da.tensor();
   g.db = db.tensor(), g.initial = initial.tensor(), g.d_final = d_final.tensor();
   g.d_initial = d_initial.tensor(), g.reverse = c.flag;
-  run(latte::linear_recurrence_backward, g, c.threads);
+  run(backend::linear_recurrence_backward, g, c.threads);
 
   for (const Array* output : {&h, &final, &da, &db, &d_initial}) EXPECT_TRUE(output->intact());
   for (int64_t n = 0; n < c.batch; ++n)
@@ -174,16 +174,16 @@ void check_gated(const Case& c) {
   f.x = x.tensor(), f.gate_a = gate_a.tensor(), f.gate_x = gate_x.tensor();
   f.log_lambda = lambda.tensor(), f.initial = initial.tensor(), f.final = final.tensor();
   f.y = y.tensor(), f.reverse = c.flag;
-  run(latte::rg_lru_forward, f, c.threads);
+  run(backend::rg_lru_forward, f, c.threads);
   f.y = wide.tensor();
-  run(latte::rg_lru_forward, f, c.threads);
+  run(backend::rg_lru_forward, f, c.threads);
   latte::RgLruBackward g;
   g.x = f.x, g.gate_a = f.gate_a, g.gate_x = f.gate_x, g.log_lambda = f.log_lambda;
   g.initial = f.initial, g.reverse = f.reverse, g.y = wide.tensor(), g.dy = dy.tensor();
   g.d_final = d_final.tensor(), g.d_initial = d_initial.tensor(), g.dx = dx.tensor();
   g.d_gate_a = d_gate_a.tensor(), g.d_gate_x = d_gate_x.tensor();
   g.d_log_lambda = d_lambda.tensor();
-  run(latte::rg_lru_backward, g, c.threads);
+  run(backend::rg_lru_backward, g, c.threads);
 
   for (const Array* output : {&y, &final, &dx, &d_gate_a, &d_gate_x, &d_lambda, &d_initial})
     EXPECT_TRUE(output->intact());
@@ -247,12 +247,12 @@ void check_conv(Case c) {
   latte::ShortConvForward f;
   f.x = x.tensor(), f.weight = weight.tensor(), f.bias = bias.tensor(), f.y = y.tensor();
   f.initial = initial.tensor(), f.final = final.tensor(), f.causal = !c.flag;
-  run(latte::short_conv_forward, f, c.threads);
+  run(backend::short_conv_forward, f, c.threads);
   latte::ShortConvBackward g;
   g.x = f.x, g.weight = f.weight, g.initial = f.initial, g.causal = f.causal;
   g.dy = dy.tensor(), g.d_final = d_final.tensor(), g.dx = dx.tensor();
   g.d_weight = d_weight.tensor(), g.d_bias = d_bias.tensor(), g.d_initial = d_initial.tensor();
-  run(latte::short_conv_backward, g, c.threads);
+  run(backend::short_conv_backward, g, c.threads);
 
   for (const Array* output : {&y, &final, &dx, &d_weight, &d_bias, &d_initial})
     EXPECT_TRUE(output->intact());
@@ -338,7 +338,7 @@ TEST(LinearRecurrence, CutSequences) {
 template <class Params>
 void expect_error(Error::Kind kind, const std::string& text, const Params& params) {
   try {
-    latte::workspace_bytes(params, 1);
+    workspace_bytes(params, 1);
     ADD_FAILURE() << "accepted, expected: " << text;
   } catch (const Error& error) {
     EXPECT_EQ(error.kind, kind) << error.what();
@@ -353,7 +353,7 @@ TEST(MixerErrors, Arguments) {
   Array weight = call.filled({19, 4}, DType::float32);
   latte::LinearRecurrenceForward f;
   f.a = f.b = f.h = a.tensor();
-  EXPECT_GT(latte::workspace_bytes(f, 1), 0);
+  EXPECT_GE(workspace_bytes(f, 1), 0);
   auto bad = f;
   bad.b = other.tensor();
   expect_error(Error::Kind::value,
@@ -366,9 +366,10 @@ TEST(MixerErrors, Arguments) {
   expect_error(Error::Kind::value, "a has no data", bad);
   latte::ShortConvForward conv;
   conv.x = conv.y = a.tensor(), conv.weight = weight.tensor();
-  EXPECT_GT(latte::workspace_bytes(conv, 1), 0);
+  EXPECT_GE(workspace_bytes(conv, 1), 0);
   conv.weight.shape[1] = 9;
   expect_error(Error::Kind::value, "[short_conv] weight has width 9, expected 1 to 8", conv);
+  if (kTestsCuda) return;  // which has no threads, and needs no workspace here
   EXPECT_THROW(latte::linear_recurrence_forward(f, nullptr, 1), Error);
   EXPECT_THROW(latte::workspace_bytes(f, 0), Error);
 }

@@ -57,7 +57,7 @@ void check(const Case& c) {
   p.x = x.tensor(), p.position = position.tensor(), p.rates = rates.tensor();
   p.y = c.in_place ? x.tensor() : y.tensor();
   p.base = 500, p.dim = c.dim, p.interleaved = c.interleaved, p.inverse = c.inverse;
-  run(latte::rotate, p, c.threads);
+  run(backend::rotate, p, c.threads);
 
   const Array& out = c.in_place ? x : y;
   EXPECT_TRUE(x.intact() && y.intact() && position.intact() && rates.intact());
@@ -156,10 +156,10 @@ TEST(Rotate, Errors) {
   Array position(DType::int64, {5}), rates(DType::float64, {3});
   latte::Rotate good;
   good.x = x.tensor(), good.y = y.tensor(), good.position = position.tensor(), good.dim = 8;
-  EXPECT_GT(latte::workspace_bytes(good, 1), 0);
+  EXPECT_GE(workspace_bytes(good, 1), 0);
   const auto expect_error = [](Error::Kind kind, const char* text, const latte::Rotate& params) {
     try {
-      latte::workspace_bytes(params, 1);
+      workspace_bytes(params, 1);
       ADD_FAILURE() << "accepted, expected: " << text;
     } catch (const Error& error) {
       EXPECT_EQ(error.kind, kind) << error.what();
@@ -185,6 +185,7 @@ TEST(Rotate, Errors) {
   expect_error(Error::Kind::type, "[rotate] y has dtype bfloat16, expected float32", bad);
   bad = good, bad.y.stride[1] = 0;
   expect_error(Error::Kind::value, "[rotate] y has stride 0 in dimension 1", bad);
+  if (kTestsCuda) return;  // which has neither threads nor a workspace
   EXPECT_THROW(latte::rotate(good, nullptr, 1), Error);
   EXPECT_THROW(latte::workspace_bytes(good, 0), Error);
 }

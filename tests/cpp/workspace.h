@@ -7,16 +7,16 @@
 #include <cstdint>
 #include <vector>
 
-#include "latte/latte.h"
+#include "backend.h"
 
 namespace testing_latte {
 
 // Runs a call in a workspace of exactly the promised size, poisoned, at an odd address.
 template <class Params>
-void run(void (*function)(const Params&, void*, int), const Params& params, int threads) {
-  const int64_t bytes = latte::workspace_bytes(params, threads);
+void run(Function<Params> function, const Params& params, int threads) {
+  const int64_t bytes = workspace_bytes(params, threads);
   std::vector<unsigned char> memory(bytes + 512, 0xFF);
-  function(params, memory.data() + 257, threads);
+  call(function, params, memory.data() + 257, threads);
   for (int64_t i = 0; i < static_cast<int64_t>(memory.size()); ++i)
     if ((i < 257 || i >= 257 + bytes) && memory[i] != 0xFF)
       FAIL() << "workspace of " << bytes << " bytes written at byte " << i - 257;
