@@ -46,15 +46,22 @@ constexpr int64_t conv_tokens(int64_t tokens, int64_t channels) {
 // Sums over rows of partial sums: threads across columns, and rows side by side.
 inline constexpr int kSumColumns = 32, kSumRows = 16;
 
+// A merge of states: a warp per latent.
+inline constexpr int kMergeThreads = 128;
+
 // A decoding step: threads of a block, channels of the slice that they walk together (one line of
-// 128 bytes of float32), query heads that share a visit of the state.
-inline constexpr int kStepThreads = 128, kStepChannels = 32, kStepHeads = 4;
+// 128 bytes of float32), query heads that share a visit of the state, latents per thread whose
+// loads are on their way together.
+inline constexpr int kStepThreads = 256, kStepChannels = 32, kStepHeads = 4, kStepLatents = 4;
 // Latents whose weights fit in 48 KiB of shared memory beside the sums, in float64 too.
 inline constexpr int64_t kMaxStepLatents = 512;
+// Elements of a state (64 KiB of float32) below which a block is not worth a second launch.
+inline constexpr int64_t kMinStepSlice = int64_t{1} << 14;
 // Slices of D on different blocks: as few as fill the device.
-constexpr int64_t step_slices(int64_t heads, int64_t dim) {
+constexpr int64_t step_slices(int64_t heads, int64_t latents, int64_t dim) {
   const int64_t wanted = kWantedThreads / kStepThreads / most(heads, 1);
-  return most(least(wanted, ceil_div(dim, kStepChannels)), 1);
+  const int64_t finest = least(ceil_div(dim, kStepChannels), latents * dim / kMinStepSlice);
+  return most(least(wanted, finest), 1);
 }
 
 // Rotations: tokens and pairs whose cosines and sines lie in shared memory (32 KiB in float64).

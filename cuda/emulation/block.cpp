@@ -37,7 +37,7 @@ constexpr bool kRenewPages = false;
 
 constexpr unsigned char kPoison = 0xff, kGuard = 0xa5;
 constexpr uint64_t kStackMark = 0x5afe57ac5afe57acull;
-constexpr uint64_t kSpinsWithoutProgress = 5'000'000;
+constexpr uint64_t kSpinsWithoutProgress = 1'000'000;
 
 thread_local Block* running = nullptr;
 
@@ -101,6 +101,14 @@ Block::Block(dim3 grid, dim3 shape, size_t shared_bytes, const std::function<voi
       tags_(2 * (1 + kNamedBarriers) + warps_.size() * kWarp * 2),
       shared_(shared_bytes + kGuardBytes) {
   adopt_thread(worker_);
+  tsan_identities_.resize(threads_.size() * kIdentitySets);
+}
+
+Block::~Block() {
+  // A thread that faulted is still inside of its kernel, as TSan sees it.
+  if (faulted_) return;
+  for (void* identity : tsan_identities_)
+    if (identity) return_tsan_identity(identity);
 }
 
 void Block::run(uint3 index) {
@@ -109,7 +117,6 @@ void Block::run(uint3 index) {
   order_release(&start_tag_);
   Thread& first = *pop();
   switch_to(worker_, first);
-  for (Thread& thread : threads_) destroy_fiber(thread.fiber);
   running = nullptr;
   if (faulted_) {
     finish();
@@ -156,6 +163,10 @@ void Block::reset(uint3 index) {
     unsigned char* stack = stacks_.data() + static_cast<size_t>(i) * kStackBytes;
     std::memcpy(stack, &kStackMark, sizeof(kStackMark));
     create_fiber(thread.fiber, stack, kStackBytes, thread_main);
+    void*& identity =
+        tsan_identities_[counters.blocks % kIdentitySets * threads_.size() + size_t{n}];
+    if (!identity) identity = take_tsan_identity();
+    thread.fiber.tsan = identity;
     push(thread);
   }
 }

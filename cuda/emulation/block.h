@@ -127,6 +127,7 @@ class Block {
   Block(dim3 grid, dim3 shape, size_t shared_bytes, const std::function<void()>& kernel);
   Block(const Block&) = delete;
   Block& operator=(const Block&) = delete;
+  ~Block();
 
   void run(uint3 index);  // throws Fault
   void finish();          // after the last run: the host sees what the threads wrote
@@ -181,13 +182,17 @@ class Block {
   Pages stacks_, tags_;
   SharedMemory shared_;
 
+  // Consecutive blocks of a worker are different people to TSan, so that it sees their races.
+  static constexpr size_t kIdentitySets = 2;
+  std::vector<void*> tsan_identities_;
+  bool faulted_ = false;
+  std::string fault_;
+
   Barrier barrier_;
   int latched_votes_[2] = {};
   Barrier named_[kNamedBarriers];
   Fiber worker_;
   Thread* current_ = nullptr;
-  std::string fault_;
-  bool faulted_ = false;
   char start_tag_ = 0, end_tag_ = 0;
 };
 

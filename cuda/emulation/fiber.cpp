@@ -2,11 +2,12 @@
 #include "emulation/fiber.h"
 
 #include <cstdint>
+#include <mutex>
+#include <vector>
 
 #ifdef LATTE_EMULATION_TSAN
 extern "C" {
 void* __tsan_create_fiber(unsigned flags);
-void __tsan_destroy_fiber(void* fiber);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
 void* __tsan_get_current_fiber();
 void __tsan_acquire(void* address);
@@ -66,9 +67,6 @@ void create_fiber(Fiber& fiber, void* stack, size_t stack_bytes, void (*entry)()
   fiber.context.uc_link = nullptr;
   makecontext(&fiber.context, entry, 0);
 #endif
-#ifdef LATTE_EMULATION_TSAN
-  fiber.tsan = __tsan_create_fiber(0);
-#endif
 }
 
 void adopt_thread(Fiber& fiber) {
@@ -78,12 +76,33 @@ void adopt_thread(Fiber& fiber) {
   fiber.fake_stack = nullptr;
 }
 
-void destroy_fiber(Fiber& fiber) {
 #ifdef LATTE_EMULATION_TSAN
-  __tsan_destroy_fiber(fiber.tsan);
-#endif
-  fiber.tsan = nullptr;
+
+namespace {
+std::mutex identities_mutex;
+std::vector<void*> identities;
+}  // namespace
+
+void* take_tsan_identity() {
+  const std::lock_guard lock(identities_mutex);
+  if (identities.empty()) return __tsan_create_fiber(0);
+  void* identity = identities.back();
+  identities.pop_back();
+  return identity;
 }
+
+void return_tsan_identity(void* identity) {
+  const std::lock_guard lock(identities_mutex);
+  identities.push_back(identity);
+}
+
+#else
+
+void* take_tsan_identity() { return nullptr; }
+
+void return_tsan_identity(void*) {}
+
+#endif
 
 void switch_fiber(Fiber& from, Fiber& to) {
 #ifdef LATTE_EMULATION_TSAN

@@ -19,7 +19,7 @@ struct Fiber {
 #endif
   const void* stack = nullptr;  // lowest address; unknown for a worker's own stack until it is left
   size_t stack_bytes = 0;
-  void* tsan = nullptr;        // TSan's thread of this fiber
+  void* tsan = nullptr;        // who TSan takes this fiber for
   void* fake_stack = nullptr;  // ASan's stack of locals that outlive their scope
 };
 
@@ -27,8 +27,11 @@ struct Fiber {
 void create_fiber(Fiber& fiber, void* stack, size_t stack_bytes, void (*entry)());
 // `fiber` becomes the stack of the calling worker thread.
 void adopt_thread(Fiber& fiber);
-// Only a fiber that is not running; it need not have finished.
-void destroy_fiber(Fiber& fiber);
+
+// An identity under TSan for Fiber::tsan; null without TSan. They are kept and given out again,
+// since TSan takes half a millisecond to make one: whoever gets it next is ordered after its past.
+void* take_tsan_identity();
+void return_tsan_identity(void* identity);
 
 // Orders nothing by itself: for TSan two fibers are as concurrent as two threads.
 void switch_fiber(Fiber& from, Fiber& to);
