@@ -64,8 +64,10 @@ constexpr int64_t step_slices(int64_t heads, int64_t latents, int64_t dim) {
   return most(least(wanted, finest), 1);
 }
 
-// Rotations: tokens and pairs whose cosines and sines lie in shared memory (32 KiB in float64).
-inline constexpr int kRotateTokens = 16, kRotatePairs = 128, kRotateThreads = 256;
+// Rotations: tokens and pairs whose cosines and sines lie in shared memory (34 KiB in float64), and
+// pairs between those of two tokens.
+inline constexpr int kRotateTokens = 16, kRotatePairs = 128, kRotatePadding = 8;
+inline constexpr int kRotateThreads = 256;
 // Groups of heads on different blocks: as few as fill the device.
 constexpr int64_t rotate_groups(int64_t blocks, int64_t heads) {
   const int64_t wanted = ceil_div(kWantedThreads / kRotateThreads, most(blocks, 1));

@@ -22,7 +22,8 @@ void launch_rows(const RotateParams& p, int64_t batch, bool interleaved, void* s
   const int64_t blocks = batch * ceil_div(p.tokens, kRotateTokens) * p.groups;
   const int lanes = lanes_of(most(ceil_div(p.pairs, N), p.rest ? p.channels - 2 * p.all_pairs : 0));
   const dim3 threads(static_cast<unsigned>(lanes), static_cast<unsigned>(kRotateThreads / lanes));
-  const int64_t shared = int64_t{kRotateTokens} * p.pairs * sizeof(Vector<Compute<S>, 2>);
+  const int64_t shared =
+      int64_t{kRotateTokens} * (p.pairs + kRotatePadding) * sizeof(Vector<Compute<S>, 2>);
   launch_blocks("rotate", interleaved ? rotate_rows<S, N, true> : rotate_rows<S, N, false>, blocks,
                 threads, shared, stream, p);
 }

@@ -60,9 +60,12 @@ __device__ __forceinline__ void turn(double angle, T& cosine, T& sine) {
 // Threads are lanes of N pairs times rows. Two vectors of N elements per lane: the first and second
 // halves of its pairs, or interleaved its pairs one after the other.
 template <class S, int N, bool kInterleaved>
-__global__ void __launch_bounds__(kRotateThreads) rotate_rows(RotateParams p) {
+__global__ void __launch_bounds__(kRotateThreads, 3) rotate_rows(RotateParams p) {
   using T = Compute<S>;
-  auto* const table = reinterpret_cast<Vector<T, 2>*>(shared_memory());  // (tokens, pairs)
+  // (tokens, N, units of N pairs): the lanes of a row then read neighbours, and the padding puts
+  // two rows of 8 lanes on different banks.
+  auto* const table = reinterpret_cast<Vector<T, 2>*>(shared_memory());
+  const int units = p.pairs / N, stride = p.pairs + kRotatePadding;
   const int64_t tiles = ceil_div(p.tokens, kRotateTokens), index = blockIdx.x;
   const int64_t first = index % tiles * kRotateTokens, group = index / tiles % p.groups;
   const int64_t b = index / tiles / p.groups;
@@ -81,7 +84,7 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_rows(RotateParams p) {
     Vector<T, 2> entry;
     turn(position * rate, entry.values[0], entry.values[1]);
     if (p.inverse) entry.values[1] = -entry.values[1];
-    table[i] = entry;
+    table[t * stride + pair % N * units + pair / N] = entry;
   }
   __syncthreads();
 
@@ -91,15 +94,15 @@ __global__ void __launch_bounds__(kRotateThreads) rotate_rows(RotateParams p) {
     const S* const x = p.x.at<S>(b, head + row / tokens, first + t);
     S* const y = p.y.at<S>(b, head + row / tokens, first + t);
     const int64_t from = p.x.stride[3], to = p.y.stride[3];
-    for (int pair = lane * N; pair < p.pairs; pair += width * N) {
-      const int64_t own = p.first_pair + pair;
+    for (int unit = lane; unit < units; unit += width) {
+      const int64_t own = p.first_pair + unit * N;
       const int64_t near = kInterleaved ? 2 * own : own;
       const int64_t far = kInterleaved ? near + N : own + p.all_pairs;
       T a[N], c[N];
       load_vector(x + near * from, a), load_vector(x + far * from, c);
 #pragma unroll
       for (int i = 0; i < N; ++i) {
-        const Vector<T, 2> angle = table[t * p.pairs + pair + i];
+        const Vector<T, 2> angle = table[t * stride + i * units + unit];
         T& u = kInterleaved ? (2 * i < N ? a[2 * i] : c[2 * i - N]) : a[i];
         T& v = kInterleaved ? (2 * i + 1 < N ? a[2 * i + 1] : c[2 * i + 1 - N]) : c[i];
         const T turned = u * angle.values[0] - v * angle.values[1];
