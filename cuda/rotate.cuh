@@ -60,7 +60,7 @@ __device__ __forceinline__ void turn(double angle, T& cosine, T& sine) {
 // Threads are lanes of N pairs times rows. Two vectors of N elements per lane: the first and second
 // halves of its pairs, or interleaved its pairs one after the other.
 template <class S, int N, bool kInterleaved>
-__global__ void __launch_bounds__(kRotateThreads, 3) rotate_rows(RotateParams p) {
+__global__ void __launch_bounds__(kRotateThreads, 2) rotate_rows(RotateParams p) {
   using T = Compute<S>;
   // (tokens, N, units of N pairs): the lanes of a row then read neighbours, and the padding puts
   // two rows of 8 lanes on different banks.

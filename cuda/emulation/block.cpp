@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Scheduling and barriers. Everything here also runs under TSan, as code that it does not
 // instrument: threads are then ordered by the tags of barriers alone. It must not call what TSan
-// intercepts (allocation, memcpy) on the stack of a kernel's thread, except to report a fault.
+// intercepts (allocation, memcpy) on the stack of a kernel's thread.
 #include "emulation/block.h"
 
 #include <sched.h>
@@ -106,7 +106,7 @@ Block::Block(dim3 grid, dim3 shape, size_t shared_bytes, const std::function<voi
 
 Block::~Block() {
   // A thread that faulted is still inside of its kernel, as TSan sees it.
-  if (faulted_) return;
+  if (fault_) return;
   for (void* identity : tsan_identities_)
     if (identity) return_tsan_identity(identity);
 }
@@ -118,9 +118,9 @@ void Block::run(uint3 index) {
   Thread& first = *pop();
   switch_to(worker_, first);
   running = nullptr;
-  if (faulted_) {
-    finish();
-    throw Fault(fault_);
+  if (fault_) {
+    for (Thread& thread : threads_) order_release_of(thread.fiber, worker_, &end_tag_);
+    throw report();
   }
   check_memory();
   ++counters.blocks;
@@ -295,7 +295,7 @@ int Block::block_barrier(Vote vote, bool predicate, CallSite site) {
     barrier.site = site;
     barrier.count = 0;
   } else if (barrier.vote != vote || !same(barrier.site, site)) {
-    fault("diverged __syncthreads: other threads wait at " + text_of(barrier.site));
+    fault("diverged __syncthreads: other threads wait", kNoNumber, barrier.site);
   }
   barrier.count += predicate;
   const unsigned parity = barrier.generation % 2;
@@ -329,15 +329,15 @@ void Block::named_barrier(int id, int threads, bool wait, CallSite site) {
   Thread& me = current();
   me.site = site;
   // Barrier 0 is __syncthreads.
-  if (id < 1 || id >= kNamedBarriers) fault("named barrier " + std::to_string(id) + " of 1..15");
+  if (id < 1 || id >= kNamedBarriers) fault("id of a named barrier, expected 1 to 15, not", id);
   if (threads <= 0 || threads % kWarp != 0 || threads > static_cast<int>(threads_.size()))
-    fault("named barrier of " + std::to_string(threads) + " threads, expected whole warps");
+    fault("threads of a named barrier, expected whole warps, not", threads);
   Barrier& barrier = named_[id];
   if (barrier.arrived == 0)
     barrier.threads = threads;
   else if (barrier.threads != threads)
-    fault("named barrier of " + std::to_string(threads) + " threads, others expect " +
-          std::to_string(barrier.threads));
+    fault("named barrier of another number of threads than the first to arrive, namely",
+          barrier.threads);
   void* tag = tags_.data() + 2 * (1 + id) + barrier.generation % 2;
   order_release(tag);
   if (wait) {
@@ -365,12 +365,11 @@ Collective& Block::join(Wait kind, int variant, unsigned mask, CallSite site, Op
     Collective& pending = warp.pending[i];
     if (pending.mask == mask) {
       if (pending.kind != kind || pending.variant != variant || !same(pending.site, site))
-        fault("diverged warp: other lanes wait for " + std::string(text_of(pending.kind)) + " at " +
-              text_of(pending.site));
+        fault("diverged warp: other lanes wait", kNoNumber, pending.site);
       return pending;
     }
     if (pending.mask & mask)
-      fault("diverged warp: other lanes wait with another mask at " + text_of(pending.site));
+      fault("diverged warp: other lanes wait with another mask", kNoNumber, pending.site);
   }
   Collective& fresh = warp.pending[warp.pending_count++];
   fresh = {mask, 0, kind, variant, site, operation};
@@ -412,17 +411,24 @@ void Block::warp_barrier(unsigned mask, CallSite site) {
 
 // ---- reports ----
 
-void Block::fault(const std::string& what) {
-  const Thread& me = current();
+void Block::fault(const char* what, int number, CallSite other) {
+  // The stack is abandoned with all that its destructors would free: nothing here owns memory.
+  fault_ = what;
+  fault_number_ = number;
+  fault_other_ = other;
+  switch_fiber(current().fiber, worker_);
+  std::abort();  // nobody switches back to a faulted block
+}
+
+Fault Block::report() const {
   const auto at = [](const uint3& i) {
     return "(" + std::to_string(i.x) + "," + std::to_string(i.y) + "," + std::to_string(i.z) + ")";
   };
-  fault_ = "[emulation] " + what + "; block " + at(blockIdx) + " thread " + at(me.index) + " at " +
-           text_of(me.site) + waiting();
-  faulted_ = true;
-  order_release(&end_tag_);
-  switch_fiber(current().fiber, worker_);
-  std::abort();  // nobody switches back to a faulted block
+  std::string text = std::string("[emulation] ") + fault_;
+  if (fault_number_ != kNoNumber) text += " " + std::to_string(fault_number_);
+  if (fault_other_.line) text += " at " + text_of(fault_other_);
+  return Fault(text + "; block " + at(blockIdx) + " thread " + at(current_->index) + " at " +
+               text_of(current_->site) + waiting());
 }
 
 std::string Block::waiting() const {

@@ -148,7 +148,9 @@ class Block {
   void warp_barrier(unsigned mask, CallSite site);
   void spin_pause(CallSite site);
 
-  [[noreturn]] void fault(const std::string& what);
+  // Ends the block; its report is "<what> [<number>] [at <other>]" and who called where.
+  static constexpr int kNoNumber = -1 << 30;
+  [[noreturn]] void fault(const char* what, int number = kNoNumber, CallSite other = {});
 
   Counters counters;
 
@@ -164,6 +166,7 @@ class Block {
   void release(Wait wait, int barrier_id);
   Collective& join(Wait kind, int variant, unsigned mask, CallSite site, Operation operation);
   void complete_if_full(Warp& warp, Collective& collective, Thread* lanes);
+  Fault report() const;
   std::string waiting() const;
   void check_memory();
   uint64_t random();
@@ -185,8 +188,10 @@ class Block {
   // Consecutive blocks of a worker are different people to TSan, so that it sees their races.
   static constexpr size_t kIdentitySets = 2;
   std::vector<void*> tsan_identities_;
-  bool faulted_ = false;
-  std::string fault_;
+
+  const char* fault_ = nullptr;
+  int fault_number_ = kNoNumber;
+  CallSite fault_other_;
 
   Barrier barrier_;
   int latched_votes_[2] = {};

@@ -48,6 +48,10 @@ latte_emulation_switch:
 
 namespace latte::emulation {
 
+#ifdef LATTE_EMULATION_TSAN
+constexpr unsigned kNoSynchronisation = 1;
+#endif
+
 void create_fiber(Fiber& fiber, void* stack, size_t stack_bytes, void (*entry)()) {
   fiber.stack = stack;
   fiber.stack_bytes = stack_bytes;
@@ -106,7 +110,6 @@ void return_tsan_identity(void*) {}
 
 void switch_fiber(Fiber& from, Fiber& to) {
 #ifdef LATTE_EMULATION_TSAN
-  constexpr unsigned kNoSynchronisation = 1;
   __tsan_switch_to_fiber(to.tsan, kNoSynchronisation);
 #endif
 #ifdef LATTE_EMULATION_ASAN
@@ -144,6 +147,15 @@ void order_release([[maybe_unused]] void* tag) {
 void order_acquire([[maybe_unused]] void* tag) {
 #ifdef LATTE_EMULATION_TSAN
   __tsan_acquire(tag);
+#endif
+}
+
+void order_release_of([[maybe_unused]] Fiber& fiber, [[maybe_unused]] Fiber& running,
+                      [[maybe_unused]] void* tag) {
+#ifdef LATTE_EMULATION_TSAN
+  __tsan_switch_to_fiber(fiber.tsan, kNoSynchronisation);
+  __tsan_release(tag);
+  __tsan_switch_to_fiber(running.tsan, kNoSynchronisation);
 #endif
 }
 

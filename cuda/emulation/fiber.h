@@ -41,5 +41,7 @@ void fiber_entered(Fiber& from);
 // The only happens-before edges between fibers: what was released is visible after the acquire.
 void order_release(void* tag);
 void order_acquire(void* tag);
+// Releases for a fiber that will not run again.
+void order_release_of(Fiber& fiber, Fiber& running, void* tag);
 
 }  // namespace latte::emulation

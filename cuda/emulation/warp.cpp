@@ -36,7 +36,7 @@ void shuffle_lanes(Block& block, Thread* lanes, unsigned mask, int variant) {
         shuffle_source(static_cast<Shuffle>(variant), lane, static_cast<int>(lanes[lane].in[1]),
                        static_cast<int>(lanes[lane].in[2]));
     if (source < 0 || source >= kWarp || !has(mask, source))
-      block.fault("a shuffle reads lane " + std::to_string(source) + ", which takes no part");
+      block.fault("a shuffle reads a lane that takes no part, number", source);
     lanes[lane].out[0] = lanes[source].in[0];
   }
 }
@@ -131,7 +131,7 @@ uint64_t shuffle(Shuffle mode, unsigned mask, uint64_t value, int argument, int 
   Thread& me = block.current();
   me.site = site;
   if (width <= 0 || width > kWarp || (width & (width - 1)) != 0)
-    block.fault("shuffle of width " + std::to_string(width) + ", expected a power of two to 32");
+    block.fault("width of a shuffle, expected a power of two up to 32, not", width);
   me.in[0] = value;
   me.in[1] = static_cast<uint64_t>(argument);
   me.in[2] = static_cast<uint64_t>(width);

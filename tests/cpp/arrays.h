@@ -149,6 +149,9 @@ class Array {
     poison();
   }
 
+  // Of the same type and shape, poisoned.
+  Array like() const { return Array(tensor_.dtype, {tensor_.shape, tensor_.shape + tensor_.rank}); }
+
   // An absent array, unlike an empty one, gives the "absent" tensor.
   const latte::Tensor& tensor() const { return tensor_; }
   bool present() const { return storage_ != nullptr; }

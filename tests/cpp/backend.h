@@ -8,6 +8,7 @@
 #include "latte/cuda.h"
 #endif
 
+// Names that latte has not: its own would be found by their arguments.
 namespace testing_latte {
 
 #ifdef LATTE_TEST_CUDA
@@ -19,14 +20,14 @@ template <class Params>
 using Function = void (*)(const Params&, void* workspace, void* stream);
 
 template <class Params>
-int64_t workspace_bytes(const Params& params, int /*threads*/) {
+int64_t workspace_size(const Params& params, int /*threads*/) {
   return latte::cuda::workspace_bytes(params);
 }
 template <class Params>
 void call(Function<Params> function, const Params& params, void* workspace, int /*threads*/) {
   function(params, workspace, nullptr);
 }
-inline void state_merge(const latte::StateMerge& params) {
+inline void merge_states(const latte::StateMerge& params) {
   latte::cuda::state_merge(params, nullptr);
 }
 
@@ -39,14 +40,14 @@ template <class Params>
 using Function = void (*)(const Params&, void* workspace, int threads);
 
 template <class Params>
-int64_t workspace_bytes(const Params& params, int threads) {
+int64_t workspace_size(const Params& params, int threads) {
   return latte::workspace_bytes(params, threads);
 }
 template <class Params>
 void call(Function<Params> function, const Params& params, void* workspace, int threads) {
   function(params, workspace, threads);
 }
-inline void state_merge(const latte::StateMerge& params) { latte::state_merge(params); }
+inline void merge_states(const latte::StateMerge& params) { latte::state_merge(params); }
 
 #endif
 

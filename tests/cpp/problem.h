@@ -70,7 +70,7 @@ void run(const Params& params, int threads, int64_t offset = 1) {
   constexpr bool kStep = std::is_same_v<Params, latte::LatentAttentionStep>;
   int64_t bytes;
   if constexpr (kStep) {
-    bytes = workspace_bytes(params, threads);
+    bytes = workspace_size(params, threads);
   } else {
     bytes = latte::workspace_bytes(params, threads);
   }

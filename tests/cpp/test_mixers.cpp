@@ -338,7 +338,7 @@ TEST(LinearRecurrence, CutSequences) {
 template <class Params>
 void expect_error(Error::Kind kind, const std::string& text, const Params& params) {
   try {
-    workspace_bytes(params, 1);
+    workspace_size(params, 1);
     ADD_FAILURE() << "accepted, expected: " << text;
   } catch (const Error& error) {
     EXPECT_EQ(error.kind, kind) << error.what();
@@ -353,7 +353,7 @@ TEST(MixerErrors, Arguments) {
   Array weight = call.filled({19, 4}, DType::float32);
   latte::LinearRecurrenceForward f;
   f.a = f.b = f.h = a.tensor();
-  EXPECT_GE(workspace_bytes(f, 1), 0);
+  EXPECT_GE(workspace_size(f, 1), 0);
   auto bad = f;
   bad.b = other.tensor();
   expect_error(Error::Kind::value,
@@ -366,7 +366,7 @@ TEST(MixerErrors, Arguments) {
   expect_error(Error::Kind::value, "a has no data", bad);
   latte::ShortConvForward conv;
   conv.x = conv.y = a.tensor(), conv.weight = weight.tensor();
-  EXPECT_GE(workspace_bytes(conv, 1), 0);
+  EXPECT_GE(workspace_size(conv, 1), 0);
   conv.weight.shape[1] = 9;
   expect_error(Error::Kind::value, "[short_conv] weight has width 9, expected 1 to 8", conv);
   if (kTestsCuda) return;  // which has no threads, and needs no workspace here

@@ -156,10 +156,10 @@ TEST(Rotate, Errors) {
   Array position(DType::int64, {5}), rates(DType::float64, {3});
   latte::Rotate good;
   good.x = x.tensor(), good.y = y.tensor(), good.position = position.tensor(), good.dim = 8;
-  EXPECT_GE(workspace_bytes(good, 1), 0);
+  EXPECT_GE(workspace_size(good, 1), 0);
   const auto expect_error = [](Error::Kind kind, const char* text, const latte::Rotate& params) {
     try {
-      workspace_bytes(params, 1);
+      workspace_size(params, 1);
       ADD_FAILURE() << "accepted, expected: " << text;
     } catch (const Error& error) {
       EXPECT_EQ(error.kind, kind) << error.what();

@@ -32,7 +32,7 @@ void set_empty(StateArrays& s) {
 
 StateArrays merged(const StateArrays& a, const StateArrays& b, Layout layout = Layout::contiguous) {
   StateArrays out = like(a, layout);
-  state_merge({a.state(), b.state(), out.state()});
+  merge_states({a.state(), b.state(), out.state()});
   EXPECT_TRUE(out.intact());
   return out;
 }
@@ -125,9 +125,9 @@ TEST(Merge, IsAssociativeAndCommutativeWithIdentity) {
       for (int layout = 1; layout < 6; ++layout)
         EXPECT_EQ(bytes_of(merged(a, b, static_cast<Layout>(layout))), expected);
       const StateArrays left = copy_of(a), right = copy_of(b);
-      state_merge({left.state(), b.state(), left.state()});
+      merge_states({left.state(), b.state(), left.state()});
       EXPECT_EQ(bytes_of(left), expected);
-      state_merge({a.state(), right.state(), right.state()});
+      merge_states({a.state(), right.state(), right.state()});
       EXPECT_EQ(bytes_of(right), expected);
     }
 }

@@ -14,7 +14,7 @@ namespace testing_latte {
 // Runs a call in a workspace of exactly the promised size, poisoned, at an odd address.
 template <class Params>
 void run(Function<Params> function, const Params& params, int threads) {
-  const int64_t bytes = workspace_bytes(params, threads);
+  const int64_t bytes = workspace_size(params, threads);
   std::vector<unsigned char> memory(bytes + 512, 0xFF);
   call(function, params, memory.data() + 257, threads);
   for (int64_t i = 0; i < static_cast<int64_t>(memory.size()); ++i)
