@@ -165,6 +165,7 @@ __global__ void __launch_bounds__(kChannelThreads, Op::kBlocks) recurrence(Recur
   Op op(p, at);
   typename Op::Tile next;
   op.template read<kSummary>(at.begin, at.end - at.begin, next);
+#pragma unroll 1
   for (int64_t t = at.begin; t < at.end; t += kTile<T>) {
     // The loads of the next tile are on their way while this one is computed.
     typename Op::Tile tile = next;

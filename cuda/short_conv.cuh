@@ -97,7 +97,7 @@ __device__ __forceinline__ void read_weights(const ConvParams& p, int64_t channe
 }
 
 template <class T, int K>
-__global__ void __launch_bounds__(kChannelThreads, 4) conv_forward(ConvParams p) {
+__global__ void __launch_bounds__(kChannelThreads, 3) conv_forward(ConvParams p) {
   const int64_t blocks = ceil_div(p.channels, blockDim.x);
   const int64_t channel = blockIdx.x % blocks * blockDim.x + threadIdx.x;
   if (channel >= p.channels) return;
@@ -108,6 +108,7 @@ __global__ void __launch_bounds__(kChannelThreads, 4) conv_forward(ConvParams p)
     const Column<T> x(p.x, at.range, channel), y(p.y, at.range, channel);
     Window<T, K> window;
     window.start(x, state_column<T>(p.initial, at), at.range, at.begin - p.left);
+#pragma unroll 1
     for (int64_t t = at.begin; t < at.end; t += kTile<T>) {
       window.load(x, at.range, t - p.left);
       T out[kTile<T>];
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kChannelThreads, 4) conv_forward(ConvParams p)
 }
 
 template <class T, int K, bool kCausal>
-__global__ void __launch_bounds__(kChannelThreads, 4) conv_backward(ConvParams p) {
+__global__ void __launch_bounds__(kChannelThreads, 3) conv_backward(ConvParams p) {
   constexpr int kLeft = kCausal ? K - 1 : (K - 1) / 2, kRight = K - 1 - kLeft;
   const int64_t blocks = ceil_div(p.channels, blockDim.x), run = blockIdx.x / blocks;
   const int64_t channel = blockIdx.x % blocks * blockDim.x + threadIdx.x;
@@ -140,6 +141,7 @@ __global__ void __launch_bounds__(kChannelThreads, 4) conv_backward(ConvParams p
     Window<T, K> inputs, gradients;
     inputs.start(x, state_column<T>(p.initial, at), at.range, at.begin - kLeft);
     gradients.start(dy, none, at.range, at.begin - kRight);
+#pragma unroll 1
     for (int64_t t = at.begin; t < at.end; t += kTile<T>) {
       inputs.load(x, at.range, t - kLeft);
       gradients.load(dy, at.range, t - kRight);
