@@ -138,7 +138,7 @@ __device__ __forceinline__ void step_slice(const StepParams& p, const StepShared
 
 // Threads are rows of latents times vectors of N channels.
 template <class T, int N>
-__global__ void __launch_bounds__(kStepThreads) step(StepParams p) {
+__global__ void __launch_bounds__(kStepThreads, 2) step(StepParams p) {
   constexpr int kLanes = kStepChannels / N, kRows = kStepThreads / kLanes;
   const StepShared<T> s(shared_memory(), p.latents);
   const int64_t slice = blockIdx.x % p.slices, head = blockIdx.x / p.slices;
