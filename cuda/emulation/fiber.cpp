@@ -15,6 +15,7 @@ void __tsan_release(void* address);
 }
 #endif
 #ifdef LATTE_EMULATION_ASAN
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #endif
 
@@ -56,6 +57,10 @@ void create_fiber(Fiber& fiber, void* stack, size_t stack_bytes, void (*entry)()
   fiber.stack = stack;
   fiber.stack_bytes = stack_bytes;
   fiber.fake_stack = nullptr;
+#ifdef LATTE_EMULATION_ASAN
+  // What ran here before left by switching away, so its frames are still poisoned.
+  __asan_unpoison_memory_region(stack, stack_bytes);
+#endif
 #ifdef __x86_64__
   // As if entry had been called: 16-byte aligned below its return address, here null to end traces.
   const uintptr_t top = (reinterpret_cast<uintptr_t>(stack) + stack_bytes) & ~uintptr_t{15};
