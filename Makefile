@@ -11,8 +11,8 @@ COMMA := ,
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
-.PHONY: demo extend test bench lint format test-cpp test-cpp-sanitized test-aarch64 suite-aarch64 test-python \
-  test-isas clean
+.PHONY: demo extend test bench lint format test-cpp test-cpp-sanitized test-cuda test-aarch64 suite-aarch64 \
+  test-python test-isas clean
 .DELETE_ON_ERROR:
 
 $(VENV)/requirements: requirements-dev.txt
@@ -42,7 +42,7 @@ extend: $(VENV)/installed
 	$(BIN)/python examples/extend_smollm2.py --prose $(EXTEND)/debian/usr/share/doc/anarchism/html \
 	  --out $(EXTEND)
 
-test: test-cpp test-cpp-sanitized test-aarch64 test-python test-isas
+test: test-cpp test-cpp-sanitized test-cuda test-aarch64 test-python test-isas
 
 # GoogleTest from the machine, or from its package manager.
 GTEST_HEADER := /usr/include/gtest/gtest.h
@@ -62,6 +62,13 @@ test-cpp: $(VENV)/requirements $(GTEST_HEADER)
 test-cpp-sanitized: $(VENV)/requirements $(GTEST_HEADER)
 	$(call cpp-suite,build/cpp-asan,-DLATTE_SANITIZE=address$(COMMA)undefined)
 	$(call cpp-suite,build/cpp-tsan,-DLATTE_SANITIZE=thread -DLATTE_OPENMP=OFF)
+
+# What nvcc makes of the CUDA kernels; that they compute the right thing is among the C++ tests.
+test-cuda: $(VENV)/requirements
+	@if command -v nvcc >/dev/null; then \
+	  PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja >/dev/null \
+	  && $(BIN)/python tools/check_ptxas.py --include build/cuda/include; \
+	else echo "CUDA: resources NOT tested: no nvcc here"; fi
 
 # The C++ tests on NEON, cross compiled and emulated: all of them, threads included. Where Debian's
 # packages cannot be had, the target passes and says that it tested nothing.
@@ -99,11 +106,13 @@ test-isas: $(VENV)/installed
 	    --ignore=tests/python/test_reference.py --ignore-glob='*/test_hf*' || exit 1; \
 	done
 
+CPP_FILES := '*.h' '*.cpp' '*.cuh' '*.cu'
+
 lint: $(VENV)/requirements $(GTEST_HEADER)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy python/latte_ext
-	$(BIN)/clang-format --dry-run -Werror $$(git ls-files '*.h' '*.cpp')
+	$(BIN)/mypy python/latte_ext tools
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files $(CPP_FILES))
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/lint -G Ninja -DLATTE_OPENMP=OFF >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/clang-tidy --quiet -p build/lint \
 	  cpp/src/common/*.cpp $(filter-out %kernels.cpp,$(wildcard cpp/src/cpu/*.cpp))
@@ -111,7 +120,7 @@ lint: $(VENV)/requirements $(GTEST_HEADER)
 format: $(VENV)/requirements
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(git ls-files '*.h' '*.cpp')
+	$(BIN)/clang-format -i $$(git ls-files $(CPP_FILES))
 
 clean:
 	rm -rf build $(VENV)

@@ -14,7 +14,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #else
-#include "emulation/cuda_emulation.h"
+#include "cuda/emulation/cuda_emulation.h"
 #endif
 
 namespace latte::cuda {

@@ -3,7 +3,7 @@
 // emulation does instead. With g = lane / 4 and t = lane % 4 throughout.
 #pragma once
 
-#include "device.h"
+#include "cuda/device.h"
 
 namespace latte::cuda {
 

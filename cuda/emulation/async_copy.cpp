@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // cp.async: copies wait in their thread's queue until the thread waits for their group.
-#include "emulation/block.h"
+#include "cuda/emulation/block.h"
 
 namespace latte::emulation {
 

@@ -2,7 +2,7 @@
 // Scheduling and barriers. Everything here also runs under TSan, as code that it does not
 // instrument: threads are then ordered by the tags of barriers alone. It must not call what TSan
 // intercepts (allocation, memcpy) on the stack of a kernel's thread.
-#include "emulation/block.h"
+#include "cuda/emulation/block.h"
 
 #include <sched.h>
 
@@ -11,7 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 
-#include "emulation/cuda_emulation.h"
+#include "cuda/emulation/cuda_emulation.h"
 
 constinit thread_local uint3 threadIdx{};
 constinit thread_local uint3 blockIdx{};

@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "emulation/fiber.h"
-#include "emulation/runtime.h"
+#include "cuda/emulation/fiber.h"
+#include "cuda/emulation/runtime.h"
 
 namespace latte::emulation {
 

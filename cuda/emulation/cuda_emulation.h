@@ -15,9 +15,9 @@
 #include <cstring>
 #include <type_traits>
 
-#include "emulation/half_types.h"
-#include "emulation/runtime.h"
-#include "emulation/vector_types.h"
+#include "cuda/emulation/half_types.h"
+#include "cuda/emulation/runtime.h"
+#include "cuda/emulation/vector_types.h"
 
 #define __global__
 #define __device__

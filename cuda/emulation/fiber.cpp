@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-#include "emulation/fiber.h"
+#include "cuda/emulation/fiber.h"
 
 #include <cstdint>
 #include <mutex>

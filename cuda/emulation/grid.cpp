@@ -8,7 +8,7 @@
 #include <thread>
 #include <vector>
 
-#include "emulation/block.h"
+#include "cuda/emulation/block.h"
 
 namespace latte::emulation {
 

@@ -6,7 +6,7 @@
 #include <bit>
 #include <cstdint>
 
-#include "emulation/vector_types.h"
+#include "cuda/emulation/vector_types.h"
 
 struct __nv_bfloat16 {
   uint16_t code;

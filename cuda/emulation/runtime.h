@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "emulation/vector_types.h"
+#include "cuda/emulation/vector_types.h"
 
 namespace latte::emulation {
 

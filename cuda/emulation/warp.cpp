@@ -4,8 +4,8 @@
 #include <algorithm>
 #include <bit>
 
-#include "emulation/block.h"
-#include "emulation/half_types.h"
+#include "cuda/emulation/block.h"
+#include "cuda/emulation/half_types.h"
 
 namespace latte::emulation {
 

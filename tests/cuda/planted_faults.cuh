@@ -3,8 +3,8 @@
 // with any other.
 #pragma once
 
-#include "device.h"
-#include "ptx.h"
+#include "cuda/device.h"
+#include "cuda/ptx.h"
 
 namespace latte::cuda {
 

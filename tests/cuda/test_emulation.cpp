@@ -9,8 +9,8 @@
 #include <vector>
 
 #include "arrays.h"
-#include "device.h"
-#include "ptx.h"
+#include "cuda/device.h"
+#include "cuda/ptx.h"
 
 namespace {
 

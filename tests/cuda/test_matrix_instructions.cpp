@@ -6,8 +6,8 @@
 #include <cstdint>
 #include <vector>
 
-#include "device.h"
-#include "ptx.h"
+#include "cuda/device.h"
+#include "cuda/ptx.h"
 
 namespace {
 
