@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the kernels of latent attention share: their arguments, and the way of rows from global to
+// shared memory and back.
+#pragma once
+
+#include "cuda/attention_plan.h"
+#include "cuda/rows.cuh"
+#include "cuda/tile.cuh"
+
+namespace latte::cuda {
+
+// A (B,heads,T,C) tensor.
+struct HeadRows {
+  void* data = nullptr;
+  DType dtype = DType::float32;
+  int64_t stride_b = 0, stride_h = 0, stride_t = 0, stride_c = 0;
+  // 16 bytes at a time from an input in the kernel's type, 8 to an output; else one element.
+  bool vectors = false;
+};
+
+// States of the public form; absent if `norm` is null.
+struct States {
+  float *max = nullptr, *norm = nullptr, *mean = nullptr;
+  int64_t max_stride[3] = {}, norm_stride[3] = {}, mean_stride[4] = {};
+
+  __device__ __forceinline__ bool present() const { return norm != nullptr; }
+  __device__ __forceinline__ float& max_at(int64_t n, int64_t h, int64_t l) const {
+    return max[n * max_stride[0] + h * max_stride[1] + l * max_stride[2]];
+  }
+  __device__ __forceinline__ float& norm_at(int64_t n, int64_t h, int64_t l) const {
+    return norm[n * norm_stride[0] + h * norm_stride[1] + l * norm_stride[2]];
+  }
+  __device__ __forceinline__ float& mean_at(int64_t n, int64_t h, int64_t l, int64_t d) const {
+    return mean[n * mean_stride[0] + h * mean_stride[1] + l * mean_stride[2] + d * mean_stride[3]];
+  }
+};
+
+struct AttentionArgs {
+  HeadRows q, k, v, y;
+  const bool* key_mask = nullptr;
+  int64_t mask_stride_b = 0, mask_stride_t = 0;
+  Sequences sequences;
+  int heads = 0, kv_heads = 0, latents = 0, dim = 0;
+  float scale = 1;
+  // Tokens of a sequence are divided among that many blocks. State n of sequence s and part i is
+  // number s parts + i, if there is one for every part.
+  int parts = 1, slices = 1;
+  States initial, final;
+  bool initial_of_part = false, final_of_part = false;
+};
+
+// What a block works on: a head, a slice of D, and some tokens of a sequence.
+struct Work {
+  int64_t sequence, batch, first, tokens;
+  int head, kv_head, part, channel;
+};
+
+// `heads` are those of the queries, or of the keys for a kernel that has no queries.
+template <int kDim>
+__device__ __forceinline__ Work find_work(const AttentionArgs& a, int heads, int parts) {
+  int64_t block = blockIdx.x;
+  Work w;
+  w.channel = static_cast<int>(block % a.slices) * kDim, block /= a.slices;
+  w.part = static_cast<int>(block % parts), block /= parts;
+  w.head = static_cast<int>(block % heads), w.sequence = block / heads;
+  w.kv_head = w.head / (heads / a.kv_heads);
+  const Range range = a.sequences.range(w.sequence);
+  const int64_t size = round_up(ceil_div(range.tokens, a.parts), kChunk);
+  const int64_t begin = least(w.part * size, range.tokens);
+  w.batch = range.batch, w.first = range.first + begin;
+  w.tokens = least(size, range.tokens - begin);
+  return w;
+}
+
+// Rows of one head in global memory, from a token and a channel on.
+struct Source {
+  const void* data;
+  DType dtype;
+  int64_t first, stride_t, stride_c;
+  int width;  // channels from there on
+  bool vectors;
+};
+__device__ __forceinline__ Source source_of(const HeadRows& rows, const Work& w, int head,
+                                            int channel, int channels) {
+  return {rows.data,
+          rows.dtype,
+          w.batch * rows.stride_b + head * rows.stride_h + w.first * rows.stride_t +
+              channel * rows.stride_c,
+          rows.stride_t,
+          rows.stride_c,
+          channels - channel,
+          rows.vectors};
+}
+
+// Padding keeps the eight rows of a matrix on different banks.
+template <class E>
+inline constexpr int kPadding = 16 / sizeof(E);
+
+// The chunk's rows [t, t + kChunk) of kWidth channels into shared memory, zeros where there is
+// nothing or `is_used(row)` is false. Vectors arrive asynchronously.
+template <class E, int kWidth, class Used>
+__device__ __forceinline__ void load_rows(E* to, const Source& from, int64_t t, Used is_used) {
+  constexpr int kStride = kWidth + kPadding<E>;
+  if (from.vectors) {
+    constexpr int kPer = 16 / sizeof(E), kVectors = kWidth / kPer;
+    const E* const data = static_cast<const E*>(from.data) + from.first;
+    for (int i = threadIdx.x; i < kChunk * kVectors; i += kAttentionThreads) {
+      const int row = i / kVectors, c = i % kVectors * kPer;
+      const bool valid = c < from.width && is_used(row);
+      async_copy_16(to + row * kStride + c, valid ? data + (t + row) * from.stride_t + c : data,
+                    valid);
+    }
+    return;
+  }
+  with_storage_type<float>(from.dtype, [&](auto type) {
+    using S = typename decltype(type)::type;
+    const S* const data = static_cast<const S*>(from.data) + from.first;
+    for (int i = threadIdx.x; i < kChunk * kWidth; i += kAttentionThreads) {
+      const int row = i / kWidth, c = i % kWidth;
+      const bool valid = c < from.width && is_used(row);
+      const S* const at = data + (t + row) * from.stride_t + c * from.stride_c;
+      to[row * kStride + c] = from_compute<E>(valid ? to_compute(global_load(at)) : 0.0f);
+    }
+  });
+}
+
+// Rows of y of one head, from a token and a channel on.
+struct Target {
+  void* data;
+  DType dtype;
+  int64_t first, stride_t, stride_c;
+  int width;
+  bool vectors;
+
+  __device__ __forceinline__ void store(int64_t t, int c, float value) const {
+    if (c >= width) return;
+    with_storage_type<float>(dtype, [&](auto type) {
+      using S = typename decltype(type)::type;
+      global_store(static_cast<S*>(data) + first + t * stride_t + c * stride_c,
+                   from_compute<S>(value));
+    });
+  }
+  // The first `rows` rows of a tile at row t and channel c. Whole sectors of 32 bytes leave a
+  // warp: pairs of float32 fill them, of halves only after lanes have exchanged theirs.
+  __device__ __forceinline__ void store_tile(int64_t t, int c, int64_t rows, Tile& tile) const {
+    if (!vectors) {
+      for_each_element(tile, [&](int row, int column, float x) {
+        if (row < rows) store(t + row, c + column, x);
+      });
+    } else if (dtype == DType::float32) {
+      store_pairs(t, c, rows, tile);
+    } else if (dtype == DType::bfloat16) {
+      store_halves<__nv_bfloat16>(t, c, rows, tile);
+    } else {
+      store_halves<__half>(t, c, rows, tile);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void store_pairs(int64_t t, int c, int64_t rows,
+                                              const Tile& tile) const {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int h = i / 2, r = i % 2 * 2, row = tile_row(r), column = c + tile_column(h, 0);
+      if (row < rows && column < width) {
+        float* const at = static_cast<float*>(data) + first + (t + row) * stride_t + column;
+        global_store(reinterpret_cast<float2*>(at), make_float2(tile.c[h][r], tile.c[h][r + 1]));
+      }
+    }
+  }
+  // An even lane keeps its pair of the left half and receives its neighbour's, the odd one of the
+  // right half: four neighbouring columns each.
+  template <class S>
+  __device__ __forceinline__ void store_halves(int64_t t, int c, int64_t rows,
+                                               const Tile& tile) const {
+    const bool odd = lane_id() % 2;
+    const int column = c + (odd ? 8 : 0) + lane_id() % 4 / 2 * 4;
+#pragma unroll
+    for (int r = 0; r < 4; r += 2) {
+      const uint32_t left = pack<S>(tile.c[0][r], tile.c[0][r + 1]);
+      const uint32_t right = pack<S>(tile.c[1][r], tile.c[1][r + 1]);
+      const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
+      if (tile_row(r) < rows && column < width) {
+        S* const at = static_cast<S*>(data) + first + (t + tile_row(r)) * stride_t + column;
+        global_store(reinterpret_cast<uint2*>(at),
+                     odd ? make_uint2(other, right) : make_uint2(left, other));
+      }
+    }
+  }
+};
+__device__ __forceinline__ Target target_of(const HeadRows& rows, const Work& w, int channel,
+                                            int channels) {
+  const Source s = source_of(rows, w, w.head, channel, channels);
+  return {rows.data, s.dtype, s.first, s.stride_t, s.stride_c, s.width, s.vectors};
+}
+
+// exp(x) for x <= 0, as accurate as the products are; 0 for -inf.
+template <class Product>
+__device__ __forceinline__ float weight(float x) {
+  return Product::kExact ? expf(x) : exp2_approx(x * 1.4426950408889634f);
+}
+template <class Product>
+__device__ __forceinline__ float quotient(float a, float b) {
+  return Product::kExact ? a / b : __fdividef(a, b);
+}
+
+// Over all lanes of a warp.
+template <class F>
+__device__ __forceinline__ float across_warp(float x, F combine) {
+#pragma unroll
+  for (int lanes = 1; lanes < 32; lanes *= 2) x = combine(x, __shfl_xor_sync(~0u, x, lanes));
+  return x;
+}
+
+inline constexpr float kInfinity = __builtin_huge_valf();
+// A maximum as a reference to subtract: the empty set's is any number.
+__device__ __forceinline__ float reference_of(float max) { return max == -kInfinity ? 0 : max; }
+
+}  // namespace latte::cuda

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bidirectional latent attention after the summary of all keys: y = softmax(q) mean.
+#pragma once
+
+#include "cuda/queries.cuh"
+
+namespace latte::cuda {
+
+// `a.initial` is the summary.
+template <class Shape>
+__global__ void __launch_bounds__(kAttentionThreads)
+    bidirectional_forward(const __grid_constant__ AttentionArgs a) {
+  using E = typename Shape::Element;
+  using Product = typename Shape::Product;
+  const Work w = find_work<Shape::D>(a, a.heads, a.parts);
+  const SharedMemory<Shape> m;
+  const Source q = source_of(a.q, w, w.head, 0, a.latents);
+  const Target y = target_of(a.y, w, w.channel, a.dim);
+  const auto load = [&](int64_t chunk) {
+    const int64_t t = chunk * kChunk;
+    load_rows<E, Shape::L>(m.stage(chunk % Shape::kStages).q, q, t,
+                           [&](int row) { return t + row < w.tokens; });
+    async_copy_commit();
+  };
+
+  const int64_t chunks = ceil_div(w.tokens, kChunk);
+  if (chunks > 0) load(0);
+  for (int i = threadIdx.x; i < Shape::L * Shape::D; i += kAttentionThreads) {
+    const int l = i / Shape::D, d = i % Shape::D;
+    const bool there = l < a.latents && w.channel + d < a.dim;
+    const float mean = there ? a.initial.mean_at(w.sequence, w.kv_head, l, w.channel + d) : 0;
+    m.state()[l * Shape::kStateStride + d] =
+        from_compute<typename Shape::Factor>(Product::rounded(mean));
+  }
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (Shape::kStages == 2 && c + 1 < chunks) {
+      load(c + 1);
+      async_copy_wait<1>();
+    } else {
+      async_copy_wait<0>();
+    }
+    __syncthreads();
+    QueryRows<Shape> rows(m.stage(c % Shape::kStages), a);
+    rows.divide([](int) {
+      Tile ones;
+      for_each_element(ones, [](int, int, float& x) { x = 1; });
+      return ones;
+    });
+    rows.add_state(m);
+    rows.store(y, c * kChunk, w.tokens - c * kChunk);
+    __syncthreads();
+    if (Shape::kStages == 1 && c + 1 < chunks) load(c + 1);
+  }
+}
+
+}  // namespace latte::cuda

@@ -1,0 +1,230 @@
+// SPDX-License-Identifier: Apache-2.0
+// The key side of a chunk: the running maximum of every latent at the chunk's end becomes the frame
+// of the chunk, in which
+//   weights = exp(k - frame)   decay = exp(maximum before - frame)   norm, state: sums in that
+//   frame.
+#pragma once
+
+#include "cuda/attention.cuh"
+
+namespace latte::cuda {
+
+enum class Inputs { keys, queries, both };
+
+// Sizes of a kernel that reads k and v, q, or all of them as elements E, of kLatents latents and a
+// slice of kDim channels.
+template <class E, int kLatents, int kDim, Inputs kInputs>
+struct KernelShape {
+  using Element = E;
+  using Product = typename ProductOf<E>::type;
+  using Factor = typename Product::Factor;
+  static constexpr int L = kLatents, D = kDim;
+  static constexpr bool kHasQueries = kInputs != Inputs::keys;
+  static constexpr bool kHasKeys = kInputs != Inputs::queries;
+  static constexpr int kLStride = L + kPadding<E>, kDStride = D + kPadding<E>;
+  static constexpr int kWeightStride = L + kPadding<Factor>, kStateStride = D + kPadding<Factor>;
+  // Weights take the place of keys of their size.
+  static constexpr bool kInPlace = sizeof(E) == sizeof(Factor);
+
+  static constexpr int64_t kQueryBytes = kHasQueries ? kChunk * kLStride * sizeof(E) : 0;
+  static constexpr int64_t kKeyBytes = kHasKeys ? kChunk * kLStride * sizeof(E) : 0;
+  static constexpr int64_t kValueBytes = kHasKeys ? kChunk * kDStride * sizeof(E) : 0;
+  static constexpr int64_t kStageBytes =
+      kQueryBytes + kKeyBytes + kValueBytes + (kHasKeys ? kChunk : 0);
+  static constexpr int64_t kWeightBytes =
+      kHasKeys && !kInPlace ? kChunk * kWeightStride * sizeof(Factor) : 0;
+  static constexpr int64_t kStateBytes = kHasQueries ? L * kStateStride * sizeof(Factor) : 0;
+  // Four numbers per latent, two per warp and latent, one per warp and channel.
+  static constexpr int64_t kBookBytes = kHasKeys ? (12 * L + 4 * D) * sizeof(float) : 0;
+  static constexpr int64_t kOtherBytes = kWeightBytes + kStateBytes + kBookBytes;
+  static constexpr int kStages = stages(kStageBytes, kOtherBytes);
+  static constexpr int64_t kSharedBytes = kStages * kStageBytes + kOtherBytes;
+};
+
+// The inputs of a chunk.
+template <class Shape>
+struct Stage {
+  using E = typename Shape::Element;
+  E *q, *k, *v;
+  bool* used;  // keys that are there
+};
+
+template <class Shape>
+struct SharedMemory {
+  using E = typename Shape::Element;
+  using Factor = typename Shape::Factor;
+  static constexpr int L = Shape::L;
+
+  unsigned char* base = shared_memory();
+
+  __device__ __forceinline__ Stage<Shape> stage(int i) const {
+    unsigned char* p = base + i * Shape::kStageBytes;
+    Stage<Shape> s;
+    s.q = reinterpret_cast<E*>(p), p += Shape::kQueryBytes;
+    s.k = reinterpret_cast<E*>(p), p += Shape::kKeyBytes;
+    s.v = reinterpret_cast<E*>(p), p += Shape::kValueBytes;
+    s.used = reinterpret_cast<bool*>(p);
+    return s;
+  }
+  __device__ __forceinline__ Factor* weights(const Stage<Shape>& s) const {
+    if constexpr (Shape::kInPlace) return reinterpret_cast<Factor*>(s.k);
+    return reinterpret_cast<Factor*>(base + Shape::kStages * Shape::kStageBytes);
+  }
+  __device__ __forceinline__ Factor* state() const {
+    return reinterpret_cast<Factor*>(base + Shape::kStages * Shape::kStageBytes +
+                                     Shape::kWeightBytes);
+  }
+  // Per latent.
+  __device__ __forceinline__ float* maximum() const {
+    return reinterpret_cast<float*>(base + Shape::kStages * Shape::kStageBytes +
+                                    Shape::kWeightBytes + Shape::kStateBytes);
+  }
+  __device__ __forceinline__ float* norm() const { return maximum() + L; }
+  __device__ __forceinline__ float* frame() const { return maximum() + 2 * L; }
+  __device__ __forceinline__ float* decay() const { return maximum() + 3 * L; }
+  // Per warp and latent.
+  __device__ __forceinline__ float* largest() const { return maximum() + 4 * L; }
+  __device__ __forceinline__ float* smallest() const { return maximum() + 8 * L; }
+  // Per warp and channel.
+  __device__ __forceinline__ float* row_sums() const { return maximum() + 12 * L; }
+};
+
+// One key as it counts: -inf if there is none.
+template <class Shape>
+__device__ __forceinline__ float key_at(const Stage<Shape>& s, int row, int l,
+                                        const AttentionArgs& a) {
+  const float k = a.scale * to_compute(s.k[row * Shape::kLStride + l]);
+  return s.used[row] && l < a.latents ? k : -kInfinity;
+}
+
+// Threads cover a chunk's keys as rows of 8 columns each.
+template <class Shape>
+struct KeyColumns {
+  static constexpr int kGroups = Shape::L / 8;
+  static constexpr int kRows = kChunk * kGroups / kAttentionThreads;
+  int column = static_cast<int>(threadIdx.x) % kGroups * 8;
+  int row = static_cast<int>(threadIdx.x) / kGroups * kRows;
+
+  __device__ __forceinline__ void load(const Stage<Shape>& s, int i, const AttentionArgs& a,
+                                       float (&k)[8]) const {
+    using E = typename Shape::Element;
+    constexpr int kPer = 16 / sizeof(E);
+#pragma unroll
+    for (int part = 0; part < 8; part += kPer) {
+      const auto v = *reinterpret_cast<const Vector<E, kPer>*>(s.k + (row + i) * Shape::kLStride +
+                                                               column + part);
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) k[part + j] = to_compute(v.values[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < 8; ++j)
+      k[j] = s.used[row + i] && column + j < a.latents ? a.scale * k[j] : -kInfinity;
+  }
+  // Over the warp's rows into to[warp][latent].
+  template <class F>
+  __device__ __forceinline__ void reduce(float (&x)[8], float* to, F combine) const {
+#pragma unroll
+    for (int lanes = kGroups; lanes < 32; lanes *= 2)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) x[j] = combine(x[j], __shfl_xor_sync(~0u, x[j], lanes));
+    if (lane_id() < kGroups)
+#pragma unroll
+      for (int j = 0; j < 8; ++j) to[warp_id() * Shape::L + column + j] = x[j];
+  }
+};
+
+// Calls f(l) for the latents that this thread keeps the books of.
+template <class Shape, class F>
+__device__ __forceinline__ void for_own_latents(F f) {
+  for (int l = threadIdx.x; l < Shape::L; l += kAttentionThreads) f(l);
+}
+
+// Extremes of the chunk's finite keys per warp. A barrier has to follow.
+template <class Shape>
+__device__ __forceinline__ void find_extremes(const SharedMemory<Shape>& m, const Stage<Shape>& s,
+                                              const AttentionArgs& a) {
+  const KeyColumns<Shape> columns;
+  float high[8], low[8];
+#pragma unroll
+  for (int j = 0; j < 8; ++j) high[j] = -kInfinity, low[j] = kInfinity;
+#pragma unroll 4
+  for (int i = 0; i < columns.kRows; ++i) {
+    float k[8];
+    columns.load(s, i, a, k);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+      high[j] = fmaxf(high[j], k[j]);
+      low[j] = fminf(low[j], k[j] == -kInfinity ? kInfinity : k[j]);
+    }
+  }
+  columns.reduce(high, m.largest(), [](float x, float y) { return fmaxf(x, y); });
+  columns.reduce(low, m.smallest(), [](float x, float y) { return fminf(x, y); });
+}
+
+// Frames and decays of the own latents. True if the normaliser of some row may be below e^-60 in
+// the frame: no finite running maximum is below that of the start and the smallest key.
+template <class Shape>
+__device__ __forceinline__ bool choose_frames(const SharedMemory<Shape>& m) {
+  bool is_wide = false;
+  for_own_latents<Shape>([&](int l) {
+    const float before = m.maximum()[l];
+    float after = before, low = kInfinity;
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      after = fmaxf(after, m.largest()[w * Shape::L + l]);
+      low = fminf(low, m.smallest()[w * Shape::L + l]);
+    }
+    m.frame()[l] = after;
+    m.decay()[l] = expf(before - reference_of(after));
+    is_wide |= after - fmaxf(before, low) > kMaxRange;
+  });
+  return is_wide;
+}
+
+// Keys become weights; their sums per warp. Norm and maximum move to the frame, without the chunk.
+// A barrier has to follow.
+template <class Shape>
+__device__ __forceinline__ void find_weights(const SharedMemory<Shape>& m, const Stage<Shape>& s,
+                                             const AttentionArgs& a) {
+  using Product = typename Shape::Product;
+  using Factor = typename Shape::Factor;
+  constexpr int kPer = 16 / sizeof(Factor);
+  const KeyColumns<Shape> columns;
+  float frame[8], sum[8] = {};
+#pragma unroll
+  for (int j = 0; j < 8; ++j) frame[j] = reference_of(m.frame()[columns.column + j]);
+#pragma unroll 4
+  for (int i = 0; i < columns.kRows; ++i) {
+    float w[8];
+    columns.load(s, i, a, w);
+#pragma unroll
+    for (int part = 0; part < 8; part += kPer) {
+      Vector<Factor, kPer> out;
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) {
+        // The sums are those of the rounded weights: what a row divides by is what it adds.
+        const float x = Product::rounded(weight<Product>(w[part + j] - frame[part + j]));
+        sum[part + j] += x;
+        out.values[j] = from_compute<Factor>(x);
+      }
+      *reinterpret_cast<Vector<Factor, kPer>*>(
+          m.weights(s) + (columns.row + i) * Shape::kWeightStride + columns.column + part) = out;
+    }
+  }
+  columns.reduce(sum, m.largest(), [](float x, float y) { return x + y; });
+  for_own_latents<Shape>([&](int l) {
+    m.norm()[l] *= m.decay()[l];
+    m.maximum()[l] = m.frame()[l];
+  });
+}
+
+// After the last use of the norm before the chunk.
+template <class Shape>
+__device__ __forceinline__ void add_sums(const SharedMemory<Shape>& m) {
+  for_own_latents<Shape>([&](int l) {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) m.norm()[l] += m.largest()[w * Shape::L + l];
+  });
+}
+
+}  // namespace latte::cuda

@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Summaries of the parts of a sequence become the states before them, and that of the whole.
+#pragma once
+
+#include "cuda/attention.cuh"
+
+namespace latte::cuda {
+
+struct FoldArgs {
+  States initial, parts, total;  // absent: the empty state, and no total
+  int kv_heads = 0, latents = 0, dim = 0;
+  int count = 0;                 // parts of a sequence that have a summary
+  int stride = 0;                // state numbers of a sequence
+  bool writes_prefixes = false;  // part i receives the state before it, part `count` the total
+};
+
+inline constexpr int kFoldThreads = 128;
+
+// A block per sequence, head and latent; all of its threads read a summary before one overwrites
+// it.
+__global__ void __launch_bounds__(kFoldThreads) fold_parts(const __grid_constant__ FoldArgs a) {
+  constexpr int kChannels = static_cast<int>(kMaxDim) / kFoldThreads;
+  int64_t block = blockIdx.x;
+  const int l = static_cast<int>(block % a.latents);
+  block /= a.latents;
+  const int h = static_cast<int>(block % a.kv_heads);
+  const int64_t n = block / a.kv_heads;
+
+  float max = -kInfinity, norm = 0, mean[kChannels] = {};
+  const auto channels = [&](auto f) {
+#pragma unroll
+    for (int i = 0; i < kChannels; ++i) {
+      const int d = static_cast<int>(threadIdx.x) + i * kFoldThreads;
+      if (d < a.dim) f(d, mean[i]);
+    }
+  };
+  const auto write = [&](const States& to, int64_t number) {
+    if (threadIdx.x == 0) to.max_at(number, h, l) = max, to.norm_at(number, h, l) = norm;
+    channels([&](int d, float& x) { to.mean_at(number, h, l, d) = x; });
+  };
+
+  if (a.initial.present()) {
+    max = a.initial.max_at(n, h, l), norm = a.initial.norm_at(n, h, l);
+    channels([&](int d, float& x) { x = a.initial.mean_at(n, h, l, d); });
+  }
+  for (int i = 0; i < a.count; ++i) {
+    const int64_t number = n * a.stride + i;
+    const float part_max = a.parts.max_at(number, h, l), part_norm = a.parts.norm_at(number, h, l);
+    float part_mean[kChannels];
+    int next = 0;
+    channels([&](int d, float&) { part_mean[next++] = a.parts.mean_at(number, h, l, d); });
+    if (a.writes_prefixes) {
+      __syncthreads();
+      write(a.parts, number);
+    }
+    const float after = fmaxf(max, part_max), reference = reference_of(after);
+    const float weight = part_norm * expf(part_max - reference);
+    norm = norm * expf(max - reference) + weight;
+    max = after;
+    const float share = norm > 0 ? weight / norm : 0;
+    next = 0;
+    channels([&](int, float& x) { x += share * (part_mean[next++] - x); });
+  }
+  if (a.writes_prefixes) write(a.parts, n * a.stride + a.count);
+  if (a.total.present()) write(a.total, n);
+}
+
+}  // namespace latte::cuda
