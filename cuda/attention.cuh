@@ -72,24 +72,19 @@ __device__ __forceinline__ Work find_work(const AttentionArgs& a, int heads, int
   return w;
 }
 
-// Rows of one head in global memory, from a token and a channel on.
-struct Source {
-  const void* data;
-  DType dtype;
-  int64_t first, stride_t, stride_c;
-  int width;  // channels from there on
-  bool vectors;
+// Rows of one head, from a token and a channel on. What is the same for all blocks stays in the
+// constant memory of the arguments: registers are short.
+struct Slice {
+  const HeadRows& rows;
+  int64_t first;  // element
+  int width;      // channels from there on
 };
-__device__ __forceinline__ Source source_of(const HeadRows& rows, const Work& w, int head,
-                                            int channel, int channels) {
-  return {rows.data,
-          rows.dtype,
+__device__ __forceinline__ Slice slice_of(const HeadRows& rows, const Work& w, int head,
+                                          int channel, int channels) {
+  return {rows,
           w.batch * rows.stride_b + head * rows.stride_h + w.first * rows.stride_t +
               channel * rows.stride_c,
-          rows.stride_t,
-          rows.stride_c,
-          channels - channel,
-          rows.vectors};
+          channels - channel};
 }
 
 // Padding keeps the eight rows of a matrix on different banks.
@@ -99,71 +94,78 @@ inline constexpr int kPadding = 16 / sizeof(E);
 // The chunk's rows [t, t + kChunk) of kWidth channels into shared memory, zeros where there is
 // nothing or `is_used(row)` is false. Vectors arrive asynchronously.
 template <class E, int kWidth, class Used>
-__device__ __forceinline__ void load_rows(E* to, const Source& from, int64_t t, Used is_used) {
+__device__ __forceinline__ void load_rows(E* to, const Slice& from, int64_t t, Used is_used) {
   constexpr int kStride = kWidth + kPadding<E>;
-  if (from.vectors) {
+  const int64_t stride_t = from.rows.stride_t;
+  // A thread keeps its columns. Not unrolled: the addresses of every step would be kept in
+  // registers from chunk to chunk.
+  if (from.rows.vectors) {
     constexpr int kPer = 16 / sizeof(E), kVectors = kWidth / kPer;
-    const E* const data = static_cast<const E*>(from.data) + from.first;
-    for (int i = threadIdx.x; i < kChunk * kVectors; i += kAttentionThreads) {
-      const int row = i / kVectors, c = i % kVectors * kPer;
+    constexpr int kStep = kAttentionThreads / kVectors;
+    const int c = static_cast<int>(threadIdx.x) % kVectors * kPer;
+    const E* const data = static_cast<const E*>(from.rows.data) + from.first;
+#pragma unroll 1
+    for (int row = static_cast<int>(threadIdx.x) / kVectors; row < kChunk; row += kStep) {
       const bool valid = c < from.width && is_used(row);
-      async_copy_16(to + row * kStride + c, valid ? data + (t + row) * from.stride_t + c : data,
-                    valid);
+      async_copy_16(to + row * kStride + c, valid ? data + (t + row) * stride_t + c : data, valid);
     }
     return;
   }
-  with_storage_type<float>(from.dtype, [&](auto type) {
+  with_storage_type<float>(from.rows.dtype, [&](auto type) {
     using S = typename decltype(type)::type;
-    const S* const data = static_cast<const S*>(from.data) + from.first;
+    const S* const data = static_cast<const S*>(from.rows.data) + from.first;
+#pragma unroll 1
     for (int i = threadIdx.x; i < kChunk * kWidth; i += kAttentionThreads) {
       const int row = i / kWidth, c = i % kWidth;
       const bool valid = c < from.width && is_used(row);
-      const S* const at = data + (t + row) * from.stride_t + c * from.stride_c;
+      const S* const at = data + (t + row) * stride_t + c * from.rows.stride_c;
       to[row * kStride + c] = from_compute<E>(valid ? to_compute(global_load(at)) : 0.0f);
     }
   });
 }
 
-// Rows of y of one head, from a token and a channel on.
-struct Target {
-  void* data;
-  DType dtype;
-  int64_t first, stride_t, stride_c;
-  int width;
-  bool vectors;
+// Rows of y.
+struct Target : Slice {
+  __device__ __forceinline__ explicit Target(const Slice& slice) : Slice(slice) {}
 
   __device__ __forceinline__ void store(int64_t t, int c, float value) const {
     if (c >= width) return;
-    with_storage_type<float>(dtype, [&](auto type) {
+    with_storage_type<float>(rows.dtype, [&](auto type) {
       using S = typename decltype(type)::type;
-      global_store(static_cast<S*>(data) + first + t * stride_t + c * stride_c,
+      global_store(static_cast<S*>(rows.data) + first + t * rows.stride_t + c * rows.stride_c,
                    from_compute<S>(value));
     });
   }
-  // The first `rows` rows of a tile at row t and channel c. Whole sectors of 32 bytes leave a
+  // The first `count` rows of a tile at row t and channel c. Whole sectors of 32 bytes leave a
   // warp: pairs of float32 fill them, of halves only after lanes have exchanged theirs.
-  __device__ __forceinline__ void store_tile(int64_t t, int c, int64_t rows, Tile& tile) const {
-    if (!vectors) {
-      for_each_element(tile, [&](int row, int column, float x) {
-        if (row < rows) store(t + row, c + column, x);
-      });
-    } else if (dtype == DType::float32) {
-      store_pairs(t, c, rows, tile);
-    } else if (dtype == DType::bfloat16) {
-      store_halves<__nv_bfloat16>(t, c, rows, tile);
+  __device__ __forceinline__ void store_tile(int64_t t, int c, int64_t count, Tile& tile) const {
+    if (!rows.vectors) {
+      store_elements(t, c, count, tile);
+    } else if (rows.dtype == DType::float32) {
+      store_pairs(t, c, count, tile);
+    } else if (rows.dtype == DType::bfloat16) {
+      store_halves<__nv_bfloat16>(t, c, count, tile);
     } else {
-      store_halves<__half>(t, c, rows, tile);
+      store_halves<__half>(t, c, count, tile);
     }
   }
 
  private:
-  __device__ __forceinline__ void store_pairs(int64_t t, int c, int64_t rows,
+  __device__ __forceinline__ void store_elements(int64_t t, int c, int64_t count,
+                                                 const Tile& tile) const {
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      if (tile_row(e % 4) < count)
+        store(t + tile_row(e % 4), c + tile_column(e / 4, e % 4), tile.c[e / 4][e % 4]);
+  }
+  __device__ __forceinline__ void store_pairs(int64_t t, int c, int64_t count,
                                               const Tile& tile) const {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int h = i / 2, r = i % 2 * 2, row = tile_row(r), column = c + tile_column(h, 0);
-      if (row < rows && column < width) {
-        float* const at = static_cast<float*>(data) + first + (t + row) * stride_t + column;
+      if (row < count && column < width) {
+        float* const at =
+            static_cast<float*>(rows.data) + first + (t + row) * rows.stride_t + column;
         global_store(reinterpret_cast<float2*>(at), make_float2(tile.c[h][r], tile.c[h][r + 1]));
       }
     }
@@ -171,7 +173,7 @@ struct Target {
   // An even lane keeps its pair of the left half and receives its neighbour's, the odd one of the
   // right half: four neighbouring columns each.
   template <class S>
-  __device__ __forceinline__ void store_halves(int64_t t, int c, int64_t rows,
+  __device__ __forceinline__ void store_halves(int64_t t, int c, int64_t count,
                                                const Tile& tile) const {
     const bool odd = lane_id() % 2;
     const int column = c + (odd ? 8 : 0) + lane_id() % 4 / 2 * 4;
@@ -180,19 +182,15 @@ struct Target {
       const uint32_t left = pack<S>(tile.c[0][r], tile.c[0][r + 1]);
       const uint32_t right = pack<S>(tile.c[1][r], tile.c[1][r + 1]);
       const uint32_t other = __shfl_xor_sync(~0u, odd ? left : right, 1);
-      if (tile_row(r) < rows && column < width) {
-        S* const at = static_cast<S*>(data) + first + (t + tile_row(r)) * stride_t + column;
+      if (tile_row(r) < count && column < width) {
+        S* const at =
+            static_cast<S*>(rows.data) + first + (t + tile_row(r)) * rows.stride_t + column;
         global_store(reinterpret_cast<uint2*>(at),
                      odd ? make_uint2(other, right) : make_uint2(left, other));
       }
     }
   }
 };
-__device__ __forceinline__ Target target_of(const HeadRows& rows, const Work& w, int channel,
-                                            int channels) {
-  const Source s = source_of(rows, w, w.head, channel, channels);
-  return {rows.data, s.dtype, s.first, s.stride_t, s.stride_c, s.width, s.vectors};
-}
 
 // exp(x) for x <= 0, as accurate as the products are; 0 for -inf.
 template <class Product>

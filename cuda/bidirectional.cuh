@@ -14,8 +14,8 @@ __global__ void __launch_bounds__(kAttentionThreads)
   using Product = typename Shape::Product;
   const Work w = find_work<Shape::D>(a, a.heads, a.parts);
   const SharedMemory<Shape> m;
-  const Source q = source_of(a.q, w, w.head, 0, a.latents);
-  const Target y = target_of(a.y, w, w.channel, a.dim);
+  const Slice q = slice_of(a.q, w, w.head, 0, a.latents);
+  const Target y(slice_of(a.y, w, w.head, w.channel, a.dim));
   const auto load = [&](int64_t chunk) {
     const int64_t t = chunk * kChunk;
     load_rows<E, Shape::L>(m.stage(chunk % Shape::kStages).q, q, t,

@@ -16,13 +16,10 @@ class CausalBlock {
   __device__ __forceinline__ CausalBlock(const AttentionArgs& a, const Work& w)
       : a_(a),
         w_(w),
-        k_(source_of(a.k, w, w.kv_head, 0, a.latents)),
-        v_(source_of(a.v, w, w.kv_head, w.channel, a.dim)) {
-    if constexpr (Shape::kHasQueries) {
-      q_ = source_of(a.q, w, w.head, 0, a.latents);
-      y_ = target_of(a.y, w, w.channel, a.dim);
-    }
-  }
+        q_(slice_of(a.q, w, w.head, 0, a.latents)),
+        k_(slice_of(a.k, w, w.kv_head, 0, a.latents)),
+        v_(slice_of(a.v, w, w.kv_head, w.channel, a.dim)),
+        y_(slice_of(a.y, w, w.head, w.channel, a.dim)) {}
 
   __device__ __forceinline__ void run() {
     const int64_t chunks = ceil_div(w_.tokens, kChunk);
@@ -142,8 +139,8 @@ class CausalBlock {
   const AttentionArgs& a_;
   const Work w_;
   const SharedMemory<Shape> m_;
-  Source q_, k_, v_;
-  Target y_;
+  const Slice q_, k_, v_;
+  const Target y_;
   StateTiles<Shape> state_;
 };
 
