@@ -42,9 +42,9 @@ struct AttentionArgs {
   Sequences sequences;
   int heads = 0, kv_heads = 0, latents = 0, dim = 0;
   float scale = 1;
-  // Tokens of a sequence are divided among that many blocks. State n of sequence s and part i is
-  // number s parts + i, if there is one for every part.
-  int parts = 1, slices = 1;
+  // The tokens of a sequence are cut into `parts`, of which the first `walked` have blocks. Where
+  // every part has a state, that of part i of sequence n is number n parts + i.
+  int parts = 1, walked = 1, slices = 1;
   States initial, final;
   bool initial_of_part = false, final_of_part = false;
 };
@@ -57,11 +57,11 @@ struct Work {
 
 // `heads` are those of the queries, or of the keys for a kernel that has no queries.
 template <int kDim>
-__device__ __forceinline__ Work find_work(const AttentionArgs& a, int heads, int parts) {
+__device__ __forceinline__ Work find_work(const AttentionArgs& a, int heads) {
   int64_t block = blockIdx.x;
   Work w;
   w.channel = static_cast<int>(block % a.slices) * kDim, block /= a.slices;
-  w.part = static_cast<int>(block % parts), block /= parts;
+  w.part = static_cast<int>(block % a.walked), block /= a.walked;
   w.head = static_cast<int>(block % heads), w.sequence = block / heads;
   w.kv_head = w.head / (heads / a.kv_heads);
   const Range range = a.sequences.range(w.sequence);

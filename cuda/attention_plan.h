@@ -39,10 +39,10 @@ inline constexpr int64_t kWantedBlocks = 264;
 inline constexpr int64_t kMinSegmentTokens = 256;
 
 // Segments of a causal sequence. More than one costs a second pass over k and v, 1.5 times the
-// bytes, so there is one unless it leaves at least half of the device idle.
+// bytes, so there is one unless it leaves at least half of the multiprocessors without a block.
 constexpr int64_t causal_segments(int64_t blocks, int64_t tokens) {
   const int64_t count = least(kWantedBlocks / most(blocks, 1), tokens / kMinSegmentTokens);
-  return most(count, 1);
+  return count < 2 || 4 * blocks > kWantedBlocks ? 1 : count;
 }
 // Parts of a pass over independent tokens.
 constexpr int64_t token_parts(int64_t blocks, int64_t tokens) {

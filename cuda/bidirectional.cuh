@@ -8,11 +8,11 @@ namespace latte::cuda {
 
 // `a.initial` is the summary.
 template <class Shape>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 2)
     bidirectional_forward(const __grid_constant__ AttentionArgs a) {
   using E = typename Shape::Element;
   using Product = typename Shape::Product;
-  const Work w = find_work<Shape::D>(a, a.heads, a.parts);
+  const Work w = find_work<Shape::D>(a, a.heads);
   const SharedMemory<Shape> m;
   const Slice q = slice_of(a.q, w, w.head, 0, a.latents);
   const Target y(slice_of(a.y, w, w.head, w.channel, a.dim));

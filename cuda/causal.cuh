@@ -145,16 +145,15 @@ class CausalBlock {
 };
 
 template <class Shape>
-__global__ void __launch_bounds__(kAttentionThreads)
+__global__ void __launch_bounds__(kAttentionThreads, 2)
     causal_forward(const __grid_constant__ AttentionArgs a) {
-  CausalBlock<Shape>(a, find_work<Shape::D>(a, a.heads, a.parts)).run();
+  CausalBlock<Shape>(a, find_work<Shape::D>(a, a.heads)).run();
 }
 
-// Of the first `parts` parts of each sequence.
 template <class Shape>
-__global__ void __launch_bounds__(kAttentionThreads)
-    key_summary(const __grid_constant__ AttentionArgs a, const int parts) {
-  CausalBlock<Shape>(a, find_work<Shape::D>(a, a.kv_heads, parts)).run();
+__global__ void __launch_bounds__(kAttentionThreads, 2)
+    key_summary(const __grid_constant__ AttentionArgs a) {
+  CausalBlock<Shape>(a, find_work<Shape::D>(a, a.kv_heads)).run();
 }
 
 }  // namespace latte::cuda

@@ -2,9 +2,8 @@
 // One call becomes blocks, one per sequence, head and slice of D; a sequence so long that most of
 // the device would be idle is cut into parts: their summaries, the states before each of them, and
 // then the same kernel from those states.
-#include "cuda/bidirectional.cuh"
+#include "cuda/attention_launch.h"
 #include "cuda/call.h"
-#include "cuda/causal.cuh"
 #include "cuda/segments.cuh"
 #include "latte/cuda.h"
 
@@ -68,32 +67,6 @@ Problem check(const LatentAttentionForward& p) {
   return problem;
 }
 
-template <int kLatents, int kDim>
-struct Sizes {
-  static constexpr int L = kLatents, D = kDim;
-};
-
-// Calls f(Sizes<L, D>()) with the sizes of the kernel.
-template <bool kBfloat16, class F>
-void with_sizes(int64_t latents, F f) {
-  const auto with_latents = [&](auto tile) {
-    constexpr int kLatents = decltype(tile)::value;
-    f(Sizes<kLatents, value_slice(kLatents, kBfloat16)>());
-  };
-  switch (latent_tile(latents)) {
-    case 16:
-      return with_latents(std::integral_constant<int, 16>());
-    case 32:
-      return with_latents(std::integral_constant<int, 32>());
-    case 64:
-      return with_latents(std::integral_constant<int, 64>());
-    case 128:
-      return with_latents(std::integral_constant<int, 128>());
-    default:
-      return with_latents(std::integral_constant<int, 256>());
-  }
-}
-
 class ForwardPlan {
  public:
   explicit ForwardPlan(const LatentAttentionForward& p) : p_(p), problem_(check(p)) {
@@ -129,46 +102,36 @@ class ForwardPlan {
   }
 
   void run(void* stream) const {
-    with_type(kernel_type_of(p_), [&](auto type) {
-      using E = typename decltype(type)::type;
-      if constexpr (!std::is_same_v<E, double>)
-        with_sizes<std::is_same_v<E, __nv_bfloat16>>(
-            problem_.latents, [&](auto sizes) { run_kernels<E>(sizes, stream); });
-    });
+    if (summarised() > 0) {
+      AttentionArgs a = args_;
+      a.parts = parts_, a.walked = summarised();
+      a.final = summaries_, a.final_of_part = true;
+      launch(AttentionKernel::key_summary, a, problem_.kv_heads, stream);
+      fold(stream);
+    }
+    AttentionArgs a = args_;
+    a.parts = a.walked = query_parts_;
+    if (p_.causal) {
+      a.initial_of_part = summarised() > 0;
+      a.initial = a.initial_of_part ? summaries_ : states_of(p_.initial);
+      a.final = states_of(p_.final);
+      launch(AttentionKernel::causal_forward, a, problem_.heads, stream);
+    } else {
+      a.initial = total_;
+      launch(AttentionKernel::bidirectional_forward, a, problem_.heads, stream);
+    }
   }
 
  private:
   // The last part of a causal sequence comes before no other.
   int summarised() const { return p_.causal ? parts_ - 1 : parts_; }
 
-  template <class E, class S>
-  void run_kernels(S, void* stream) const {
-    using Keys = KernelShape<E, S::L, S::D, Inputs::keys>;
-    using Queries = KernelShape<E, S::L, S::D, Inputs::queries>;
-    using Both = KernelShape<E, S::L, S::D, Inputs::both>;
-    if (summarised() > 0) {
-      AttentionArgs a = args_;
-      a.parts = parts_;
-      a.final = summaries_, a.final_of_part = true;
-      const int64_t blocks = problem_.sequences * problem_.kv_heads * summarised() * a.slices;
-      launch_blocks(kOp, key_summary<Keys>, blocks, kAttentionThreads, Keys::kSharedBytes, stream,
-                    a, summarised());
-      fold(stream);
-    }
-    AttentionArgs a = args_;
-    a.parts = query_parts_;
-    const int64_t blocks = problem_.sequences * problem_.heads * a.parts * a.slices;
-    if (p_.causal) {
-      a.initial_of_part = summarised() > 0;
-      a.initial = a.initial_of_part ? summaries_ : states_of(p_.initial);
-      a.final = states_of(p_.final);
-      launch_blocks(kOp, causal_forward<Both>, blocks, kAttentionThreads, Both::kSharedBytes,
-                    stream, a);
-    } else {
-      a.initial = total_;
-      launch_blocks(kOp, bidirectional_forward<Queries>, blocks, kAttentionThreads,
-                    Queries::kSharedBytes, stream, a);
-    }
+  void launch(AttentionKernel kernel, const AttentionArgs& a, int64_t heads, void* stream) const {
+    const int64_t blocks = problem_.sequences * heads * a.walked * a.slices;
+    with_type(kernel_type_of(p_), [&](auto type) {
+      using E = typename decltype(type)::type;
+      if constexpr (!std::is_same_v<E, double>) launch_attention<E>(kernel, a, blocks, stream);
+    });
   }
 
   void fold(void* stream) const {

@@ -40,8 +40,9 @@ TEST(AttentionPlan, SharedMemoryFits) {
 
 // The second read of k and v pays only where at least half of the device would be idle.
 TEST(AttentionPlan, CutsOnlyFewAndLongSequences) {
-  EXPECT_EQ(causal_segments(8 * 16, 4096), 2);
-  EXPECT_EQ(causal_segments(133, 1 << 20), 1);
+  EXPECT_EQ(causal_segments(8 * 16, 4096), 1);
+  EXPECT_EQ(causal_segments(67, 1 << 20), 1);
+  EXPECT_EQ(causal_segments(66, 1 << 20), 4);
   EXPECT_EQ(causal_segments(16, 65536), 16);
   EXPECT_EQ(causal_segments(1, 511), 1);
   EXPECT_EQ(causal_segments(1, 512), 2);

@@ -90,9 +90,9 @@ latte::Tensor tokens_of(latte::Tensor t, int64_t from, int64_t to) {
 TEST(Forward, SplitAnywhere) {
   for (const DType dtype : kDeviceTypes)
     for (const Keys keys : {Keys::normal, Keys::jumps, Keys::infinite})
-      for (const int64_t at : {0, 1, 63, 64, 65, 130}) {
+      for (const int64_t at : {0, 1, 64, 100}) {
         Case c;
-        c.batch = 2, c.heads = 2, c.kv_heads = 1, c.tokens = 130, c.latents = 20, c.dim = 33;
+        c.heads = 2, c.kv_heads = 1, c.tokens = 130, c.latents = 20, c.dim = 33;
         c.keys = keys, c.initial = true;
         c.set_type(dtype);
         SCOPED_TRACE(c.text() + " split at " + std::to_string(at));

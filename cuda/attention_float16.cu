@@ -1,0 +1,8 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cuda/attention_launch.cuh"
+
+namespace latte::cuda {
+
+template void launch_attention<__half>(AttentionKernel, const AttentionArgs&, int64_t, void*);
+
+}  // namespace latte::cuda
