@@ -2,7 +2,7 @@
 // Latent attention forward on the emulated device, against the float64 oracle of tests/cpp.
 #include <gtest/gtest.h>
 
-#include "emulation/cuda_emulation.h"
+#include "cuda/emulation/cuda_emulation.h"
 #include "problem.h"
 
 namespace testing_latte {
