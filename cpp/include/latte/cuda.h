@@ -4,8 +4,9 @@
 //
 // A call checks shapes, strides and types, and only enqueues work on `stream`, a cudaStream_t
 // (null: the default stream): it never allocates and never synchronises, so that CUDA graphs can
-// capture it. Values on the device (cu_seqlens, masks, positions) are not checked; ranges out of
-// order or beyond the tokens are cut to what lies inside of the tensors.
+// capture it. Values on the device (cu_seqlens, masks, positions) are not checked; where ranges
+// are out of order or beyond the tokens, nothing outside of the tensors is read or written, but the
+// results are unspecified.
 //
 // Errors: latte::Error, as in latte.h; of kind runtime, with CUDA's message, where a kernel cannot
 // be launched.
