@@ -31,24 +31,23 @@ __global__ void __launch_bounds__(kFoldThreads) fold_parts(const __grid_constant
 #pragma unroll
     for (int i = 0; i < kChannels; ++i) {
       const int d = static_cast<int>(threadIdx.x) + i * kFoldThreads;
-      if (d < a.dim) f(d, mean[i]);
+      if (d < a.dim) f(i, d);
     }
   };
   const auto write = [&](const States& to, int64_t number) {
     if (threadIdx.x == 0) to.max_at(number, h, l) = max, to.norm_at(number, h, l) = norm;
-    channels([&](int d, float& x) { to.mean_at(number, h, l, d) = x; });
+    channels([&](int i, int d) { to.mean_at(number, h, l, d) = mean[i]; });
   };
 
   if (a.initial.present()) {
     max = a.initial.max_at(n, h, l), norm = a.initial.norm_at(n, h, l);
-    channels([&](int d, float& x) { x = a.initial.mean_at(n, h, l, d); });
+    channels([&](int i, int d) { mean[i] = a.initial.mean_at(n, h, l, d); });
   }
-  for (int i = 0; i < a.count; ++i) {
-    const int64_t number = n * a.stride + i;
+  for (int part = 0; part < a.count; ++part) {
+    const int64_t number = n * a.stride + part;
     const float part_max = a.parts.max_at(number, h, l), part_norm = a.parts.norm_at(number, h, l);
     float part_mean[kChannels];
-    int next = 0;
-    channels([&](int d, float&) { part_mean[next++] = a.parts.mean_at(number, h, l, d); });
+    channels([&](int i, int d) { part_mean[i] = a.parts.mean_at(number, h, l, d); });
     if (a.writes_prefixes) {
       __syncthreads();
       write(a.parts, number);
@@ -58,8 +57,7 @@ __global__ void __launch_bounds__(kFoldThreads) fold_parts(const __grid_constant
     norm = norm * expf(max - reference) + weight;
     max = after;
     const float share = norm > 0 ? weight / norm : 0;
-    next = 0;
-    channels([&](int, float& x) { x += share * (part_mean[next++] - x); });
+    channels([&](int i, int) { mean[i] += share * (part_mean[i] - mean[i]); });
   }
   if (a.writes_prefixes) write(a.parts, n * a.stride + a.count);
   if (a.total.present()) write(a.total, n);
