@@ -79,10 +79,11 @@ void check_steps(const Case& c, Layout layout) {
     run(step, c.threads);
     EXPECT_TRUE(y.intact() && state.intact());
     // Both sides are rounded to the type of y.
-    expect_close("y", y.values(), expected.values(), c.v_type, c.compute_type(),
-                 60 + 2 * unit_roundoff(c.v_type) / unit_roundoff(c.compute_type()));
+    expect_close(
+        "y", y.values(), expected.values(), c.v_type, c.compute_type(),
+        whole.forward_factor() + 2 * unit_roundoff(c.v_type) / unit_roundoff(c.compute_type()));
   }
-  expect_same_state(state, whole.final);
+  expect_same_state(state, whole.final, whole.forward_factor());
 }
 
 TEST(Step, EqualsForward) {
