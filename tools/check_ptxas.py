@@ -3,9 +3,9 @@
 """Compiles every cuda/*.cu with nvcc, warnings as errors, and holds each kernel to its budget.
 
 cuda/resources.json has, per architecture and kernel, the registers that ptxas may use and the
-tensor-core and copy instructions that its PTX must still have. Spills always fail; so does a stack
-frame, unless the budget gives its bytes and says "why". --update writes what this nvcc measures;
---table writes the budget into docs/gpu.md, and every run fails where that is stale.
+tensor-core and copy instructions that its PTX must still have. Spills and a stack frame fail,
+unless the budget gives their bytes and says "why". --update writes what this nvcc measures; --table
+writes the budget into docs/gpu.md, and every run fails where that is stale.
 """
 
 from __future__ import annotations
@@ -117,10 +117,9 @@ def excesses(arch: str, name: str, used: Resources, allowed: Resources, same: bo
     """What of a kernel is beyond its budget; registers only with the compiler that set it."""
     kernel = f"{arch} {name}"
     bad = []
-    if used["spills"]:
-        bad.append(f"{kernel}: spills {used['spills']} bytes, expected none")
-    if used["stack"] > (allowed.get("stack", 0) if allowed.get("why") else 0):
-        bad.append(f"{kernel}: {used['stack']} bytes of stack, expected a budget that says why")
+    for what in ("spills", "stack"):
+        if used[what] > (allowed.get(what, 0) if allowed.get("why") else 0):
+            bad.append(f"{kernel}: {used[what]} bytes of {what}, expected a budget that says why")
     if same and used["registers"] > allowed["registers"]:
         bad.append(f"{kernel}: {used['registers']} registers, budget {allowed['registers']}")
     for instruction in INSTRUCTIONS:
@@ -144,7 +143,7 @@ def compare(measured: Budget, budget: Budget, same_compiler: bool) -> list[str]:
 
 def table(budget: Budget) -> str:
     """A row per kernel template: the most that any of its variants uses, per architecture."""
-    columns = ["registers", "stack", *INSTRUCTIONS]
+    columns = ["registers", "spills", "stack", *INSTRUCTIONS]
     lines = [f"| kernel | variants | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
     per_arch = [budget.get(f"sm_{arch}", {}) for arch in ARCHITECTURES]
     templates = sorted({name.split("<")[0] for kernels in per_arch for name in kernels})

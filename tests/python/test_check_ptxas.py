@@ -60,7 +60,7 @@ def test_short_name(demangled: str, expected: str) -> None:
     [
         ({}, None),
         ({"registers": 101}, "101 registers, budget 100"),
-        ({"spills": 8}, "spills 8 bytes"),
+        ({"spills": 8}, "8 bytes of spills"),
         ({"stack": 16}, "16 bytes of stack"),
         ({"mma": 0}, "no mma any more"),
     ],
@@ -88,4 +88,4 @@ def test_kernels_that_come_and_go() -> None:
 def test_table_has_the_worst_variant() -> None:
     kernels = {"k<1>": USED, "k<2>": {**USED, "registers": 128}}
     table = check_ptxas.table({"sm_80": kernels, "sm_90": {"k<1>": USED}})
-    assert table.splitlines()[2] == "| `k` | 2 | 128 / 100 | 0 / 0 | 4 / 4 | 0 / 0 | 0 / 0 |"
+    assert table.splitlines()[2] == "| `k` | 2 | 128 / 100 | 0 / 0 | 0 / 0 | 4 / 4 | 0 / 0 | 0 / 0 |"
