@@ -88,4 +88,6 @@ def test_kernels_that_come_and_go() -> None:
 def test_table_has_the_worst_variant() -> None:
     kernels = {"k<1>": USED, "k<2>": {**USED, "registers": 128}}
     table = check_ptxas.table({"sm_80": kernels, "sm_90": {"k<1>": USED}})
-    assert table.splitlines()[2] == "| `k` | 2 | 128 / 100 | 0 / 0 | 0 / 0 | 4 / 4 | 0 / 0 | 0 / 0 |"
+    assert (
+        table.splitlines()[2] == "| `k` | 2 | 128 / 100 | 0 / 0 | 0 / 0 | 4 / 4 | 0 / 0 | 0 / 0 |"
+    )
