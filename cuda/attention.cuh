@@ -5,6 +5,7 @@
 
 #include "cuda/attention_plan.h"
 #include "cuda/rows.cuh"
+#include "cuda/state.cuh"
 #include "cuda/tile.cuh"
 
 namespace latte::cuda {
@@ -18,23 +19,6 @@ struct HeadRows {
   bool vectors = false;
 };
 
-// States of the public form; absent if `norm` is null.
-struct States {
-  float *max = nullptr, *norm = nullptr, *mean = nullptr;
-  int64_t max_stride[3] = {}, norm_stride[3] = {}, mean_stride[4] = {};
-
-  __device__ __forceinline__ bool present() const { return norm != nullptr; }
-  __device__ __forceinline__ float& max_at(int64_t n, int64_t h, int64_t l) const {
-    return max[n * max_stride[0] + h * max_stride[1] + l * max_stride[2]];
-  }
-  __device__ __forceinline__ float& norm_at(int64_t n, int64_t h, int64_t l) const {
-    return norm[n * norm_stride[0] + h * norm_stride[1] + l * norm_stride[2]];
-  }
-  __device__ __forceinline__ float& mean_at(int64_t n, int64_t h, int64_t l, int64_t d) const {
-    return mean[n * mean_stride[0] + h * mean_stride[1] + l * mean_stride[2] + d * mean_stride[3]];
-  }
-};
-
 struct AttentionArgs {
   HeadRows q, k, v, y;
   const bool* key_mask = nullptr;
@@ -45,7 +29,7 @@ struct AttentionArgs {
   // The tokens of a sequence are cut into `parts`, of which the first `walked` have blocks. Where
   // every part has a state, that of part i of sequence n is number n parts + i.
   int parts = 1, walked = 1, slices = 1;
-  States initial, final;
+  StateView initial, final;
   bool initial_of_part = false, final_of_part = false;
 };
 

@@ -36,34 +36,34 @@ struct StateTiles {
   }
 
   // Absent states are empty. A barrier has to follow.
-  __device__ __forceinline__ void load(const SharedMemory<Shape>& m, const States& from,
+  __device__ __forceinline__ void load(const SharedMemory<Shape>& m, const StateView& from,
                                        const AttentionArgs& a, int64_t n, const Work& w) {
     for_own_latents<Shape>([&](int l) {
       const bool there = from.present() && l < a.latents;
-      m.maximum()[l] = there ? from.max_at(n, w.kv_head, l) : -kInfinity;
-      m.norm()[l] = there ? from.norm_at(n, w.kv_head, l) : 0;
+      m.maximum()[l] = there ? *from.max.at<float>(n, w.kv_head, l) : -kInfinity;
+      m.norm()[l] = there ? *from.norm.at<float>(n, w.kv_head, l) : 0;
     });
     for_each([&](int l, int d, float& x) {
       x = 0;
       if (!from.present() || l >= a.latents || w.channel + d >= a.dim) return;
-      const float norm = from.norm_at(n, w.kv_head, l);
-      if (norm > 0) x = norm * from.mean_at(n, w.kv_head, l, w.channel + d);
+      const float norm = *from.norm.at<float>(n, w.kv_head, l);
+      if (norm > 0) x = norm * *from.mean.at<float>(n, w.kv_head, l, w.channel + d);
     });
   }
 
   // A barrier has to precede.
-  __device__ __forceinline__ void store(const SharedMemory<Shape>& m, const States& to,
+  __device__ __forceinline__ void store(const SharedMemory<Shape>& m, const StateView& to,
                                         const AttentionArgs& a, int64_t n, const Work& w) {
     if (w.channel == 0)
       for_own_latents<Shape>([&](int l) {
         if (l >= a.latents) return;
-        to.max_at(n, w.kv_head, l) = m.maximum()[l];
-        to.norm_at(n, w.kv_head, l) = m.norm()[l];
+        *to.max.at<float>(n, w.kv_head, l) = m.maximum()[l];
+        *to.norm.at<float>(n, w.kv_head, l) = m.norm()[l];
       });
     for_each([&](int l, int d, float& x) {
       if (l >= a.latents || w.channel + d >= a.dim) return;
       const float norm = m.norm()[l];
-      to.mean_at(n, w.kv_head, l, w.channel + d) = norm > 0 ? x / norm : 0;
+      *to.mean.at<float>(n, w.kv_head, l, w.channel + d) = norm > 0 ? x / norm : 0;
     });
   }
 

@@ -28,7 +28,8 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   for (int i = threadIdx.x; i < Shape::L * Shape::D; i += kAttentionThreads) {
     const int l = i / Shape::D, d = i % Shape::D;
     const bool there = l < a.latents && w.channel + d < a.dim;
-    const float mean = there ? a.initial.mean_at(w.sequence, w.kv_head, l, w.channel + d) : 0;
+    const float mean =
+        there ? *a.initial.mean.at<float>(w.sequence, w.kv_head, l, w.channel + d) : 0;
     m.state()[l * Shape::kStateStride + d] =
         from_compute<typename Shape::Factor>(Product::rounded(mean));
   }

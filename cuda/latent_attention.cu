@@ -12,31 +12,13 @@ namespace {
 
 constexpr const char* kOp = "latent_attention";
 
-States states_of(const State& s) {
-  States out;
-  if (!present(s.mean)) return out;
-  out.max = static_cast<float*>(s.max.data);
-  out.norm = static_cast<float*>(s.norm.data);
-  out.mean = static_cast<float*>(s.mean.data);
-  for (int i = 0; i < 3; ++i) {
-    out.max_stride[i] = s.max.stride[i];
-    out.norm_stride[i] = s.norm.stride[i];
-  }
-  for (int i = 0; i < 4; ++i) out.mean_stride[i] = s.mean.stride[i];
-  return out;
-}
-
 // Dense states in a workspace.
-States take_states(Workspace& workspace, int64_t count, const Problem& p) {
-  States out;
-  const int64_t rows = count * p.kv_heads * p.latents;
-  out.max = workspace.take<float>(rows);
-  out.norm = workspace.take<float>(rows);
-  out.mean = workspace.take<float>(rows * p.dim);
-  const int64_t strides[4] = {p.kv_heads * p.latents, p.latents, 1, 0};
-  for (int i = 0; i < 3; ++i) out.max_stride[i] = out.norm_stride[i] = strides[i];
-  for (int i = 0; i < 3; ++i) out.mean_stride[i] = strides[i] * p.dim;
-  out.mean_stride[3] = 1;
+StateView take_states(Workspace& workspace, int64_t count, const Problem& p) {
+  const int64_t head = p.latents, sequence = p.kv_heads * p.latents, rows = count * sequence;
+  StateView out;
+  out.max = {workspace.take<float>(rows), {sequence, head, 1}};
+  out.norm = {workspace.take<float>(rows), {sequence, head, 1}};
+  out.mean = {workspace.take<float>(rows * p.dim), {sequence * p.dim, head * p.dim, p.dim, 1}};
   return out;
 }
 
@@ -97,7 +79,7 @@ class ForwardPlan {
     if (summarised() > 0)
       summaries_ = take_states(workspace, problem_.sequences * parts_, problem_);
     if (p_.causal) return;
-    total_ = present(p_.final.mean) ? states_of(p_.final)
+    total_ = present(p_.final.mean) ? view_of(p_.final)
                                     : take_states(workspace, problem_.sequences, problem_);
   }
 
@@ -113,8 +95,8 @@ class ForwardPlan {
     a.parts = a.walked = query_parts_;
     if (p_.causal) {
       a.initial_of_part = summarised() > 0;
-      a.initial = a.initial_of_part ? summaries_ : states_of(p_.initial);
-      a.final = states_of(p_.final);
+      a.initial = a.initial_of_part ? summaries_ : view_of(p_.initial);
+      a.final = view_of(p_.final);
       launch(AttentionKernel::causal_forward, a, problem_.heads, stream);
     } else {
       a.initial = total_;
@@ -137,7 +119,7 @@ class ForwardPlan {
   void fold(void* stream) const {
     FoldArgs f;
     f.parts = summaries_, f.total = total_;
-    if (p_.causal) f.initial = states_of(p_.initial);
+    if (p_.causal) f.initial = view_of(p_.initial);
     f.kv_heads = args_.kv_heads, f.latents = args_.latents, f.dim = args_.dim;
     f.count = summarised(), f.stride = parts_;
     f.writes_prefixes = p_.causal;
@@ -150,7 +132,7 @@ class ForwardPlan {
   AttentionArgs args_;
   bool is_bfloat16_ = false;
   int parts_ = 1, query_parts_ = 1;
-  States summaries_, total_;
+  StateView summaries_, total_;
 };
 
 }  // namespace

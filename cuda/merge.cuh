@@ -1,11 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// out = a + b, the merge of the state algebra:
-//   max = max(a.max, b.max)   wa = a.norm exp(a.max - max)   wb = b.norm exp(b.max - max)
-//   norm = wa + wb            mean = a.mean + wb / norm (b.mean - a.mean)
-// A warp per latent; 2 L D elements read and L D written, each once.
+// out = a + b. A warp per latent; 2 L D elements read and L D written, each once.
 #pragma once
-
-#include <cmath>
 
 #include "cuda/state.cuh"
 
@@ -18,22 +13,18 @@ struct MergeParams {
 
 template <class T, int N>
 __global__ void __launch_bounds__(kMergeThreads) merge_states(MergeParams p) {
-  using std::exp;
   const int64_t row = (static_cast<int64_t>(blockIdx.x) * kMergeThreads + threadIdx.x) / 32;
   if (row >= p.rows) return;
   const int64_t l = row % p.latents, h = row / p.latents % p.heads, n = row / p.latents / p.heads;
-  const T a_max = load_number<T>(p.a.max, n, h, l), b_max = load_number<T>(p.b.max, n, h, l);
-  const T a_norm = load_number<T>(p.a.norm, n, h, l), b_norm = load_number<T>(p.b.norm, n, h, l);
-  const T top = a_max > b_max ? a_max : b_max;
-  const T a_mass = a_norm == 0 ? T(0) : a_norm * exp(a_max - top);
-  const T b_mass = b_norm == 0 ? T(0) : b_norm * exp(b_max - top);
-  const T norm = a_mass + b_mass, share = norm == 0 ? T(0) : b_mass / norm;
+  const T a_norm = load_number<T>(p.a.norm, n, h, l);
+  const Merged<T> merged(load_number<T>(p.a.max, n, h, l), a_norm, load_number<T>(p.b.max, n, h, l),
+                         load_number<T>(p.b.norm, n, h, l));
   // `out` may be `a` or `b`: no lane writes before all have read.
   __syncwarp();
   const int lane = static_cast<int>(threadIdx.x % 32);
   if (lane == 0) {
-    store_number(p.out.max, n, h, l, top);
-    store_number(p.out.norm, n, h, l, norm);
+    store_number(p.out.max, n, h, l, merged.max);
+    store_number(p.out.norm, n, h, l, merged.norm);
   }
   for (int64_t d = lane * N; d < p.dim; d += 32 * N) {
     T first[N], second[N];
@@ -41,7 +32,7 @@ __global__ void __launch_bounds__(kMergeThreads) merge_states(MergeParams p) {
     load_vector(p.b.mean.template at<T>(n, h, l, d), second);
 #pragma unroll
     for (int i = 0; i < N; ++i)
-      second[i] = a_norm == 0 ? second[i] : first[i] + share * (second[i] - first[i]);
+      second[i] = a_norm == 0 ? second[i] : first[i] + merged.share * (second[i] - first[i]);
     store_vector(p.out.mean.template at<T>(n, h, l, d), second);
   }
 }

@@ -7,7 +7,7 @@
 namespace latte::cuda {
 
 struct FoldArgs {
-  States initial, parts, total;  // absent: the empty state, and no total
+  StateView initial, parts, total;  // absent: the empty state, and no total
   int kv_heads = 0, latents = 0, dim = 0;
   int count = 0;                 // parts of a sequence that have a summary
   int stride = 0;                // state numbers of a sequence
@@ -34,30 +34,28 @@ __global__ void __launch_bounds__(kFoldThreads) fold_parts(const __grid_constant
       if (d < a.dim) f(i, d);
     }
   };
-  const auto write = [&](const States& to, int64_t number) {
-    if (threadIdx.x == 0) to.max_at(number, h, l) = max, to.norm_at(number, h, l) = norm;
-    channels([&](int i, int d) { to.mean_at(number, h, l, d) = mean[i]; });
+  const auto write = [&](const StateView& to, int64_t number) {
+    if (threadIdx.x == 0)
+      *to.max.at<float>(number, h, l) = max, *to.norm.at<float>(number, h, l) = norm;
+    channels([&](int i, int d) { *to.mean.at<float>(number, h, l, d) = mean[i]; });
   };
 
   if (a.initial.present()) {
-    max = a.initial.max_at(n, h, l), norm = a.initial.norm_at(n, h, l);
-    channels([&](int i, int d) { mean[i] = a.initial.mean_at(n, h, l, d); });
+    max = *a.initial.max.at<float>(n, h, l), norm = *a.initial.norm.at<float>(n, h, l);
+    channels([&](int i, int d) { mean[i] = *a.initial.mean.at<float>(n, h, l, d); });
   }
   for (int part = 0; part < a.count; ++part) {
     const int64_t number = n * a.stride + part;
-    const float part_max = a.parts.max_at(number, h, l), part_norm = a.parts.norm_at(number, h, l);
+    const Merged<float> merged(max, norm, *a.parts.max.at<float>(number, h, l),
+                               *a.parts.norm.at<float>(number, h, l));
     float part_mean[kChannels];
-    channels([&](int i, int d) { part_mean[i] = a.parts.mean_at(number, h, l, d); });
+    channels([&](int i, int d) { part_mean[i] = *a.parts.mean.at<float>(number, h, l, d); });
     if (a.writes_prefixes) {
       __syncthreads();
       write(a.parts, number);
     }
-    const float after = fmaxf(max, part_max), reference = reference_of(after);
-    const float weight = part_norm * expf(part_max - reference);
-    norm = norm * expf(max - reference) + weight;
-    max = after;
-    const float share = norm > 0 ? weight / norm : 0;
-    channels([&](int i, int) { mean[i] += share * (part_mean[i] - mean[i]); });
+    max = merged.max, norm = merged.norm;
+    channels([&](int i, int) { mean[i] += merged.share * (part_mean[i] - mean[i]); });
   }
   if (a.writes_prefixes) write(a.parts, n * a.stride + a.count);
   if (a.total.present()) write(a.total, n);

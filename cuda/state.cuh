@@ -2,6 +2,8 @@
 // The state (max, norm, mean) of latte.h as kernels see it, in the compute type.
 #pragma once
 
+#include <cmath>
+
 #include "cuda/call.h"
 #include "cuda/element.h"
 
@@ -27,11 +29,30 @@ inline View view_of(const Tensor& t) {
 struct StateView {
   View max, norm;  // (N,Hk,L)
   View mean;       // (N,Hk,L,D)
+
+  __device__ __forceinline__ bool present() const { return norm.data != nullptr; }
 };
 
 inline StateView view_of(const State& s) {
   return {view_of(s.max), view_of(s.norm), view_of(s.mean)};
 }
+
+// The merge of the state algebra, of one latent:
+//   max = max(a.max, b.max)   wa = a.norm exp(a.max - max)   wb = b.norm exp(b.max - max)
+//   norm = wa + wb            mean = a.mean + share (b.mean - a.mean), share = wb / norm
+template <class T>
+struct Merged {
+  T max, norm, share;
+
+  __device__ __forceinline__ Merged(T a_max, T a_norm, T b_max, T b_norm)
+      : max(a_max > b_max ? a_max : b_max) {
+    using std::exp;
+    const T a_mass = a_norm == 0 ? T(0) : a_norm * exp(a_max - max);
+    const T b_mass = b_norm == 0 ? T(0) : b_norm * exp(b_max - max);
+    norm = a_mass + b_mass;
+    share = norm == 0 ? T(0) : b_mass / norm;
+  }
+};
 
 template <class T>
 __device__ __forceinline__ T load_number(const View& view, int64_t n, int64_t h, int64_t l) {
