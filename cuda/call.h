@@ -4,27 +4,13 @@
 
 #include <string>
 
+#include "common/element_size.h"
 #include "common/validate.h"
 #include "cuda/device.h"
 #include "cuda/heuristics.h"
 #include "latte/latte.h"
 
 namespace latte::cuda {
-
-inline int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-    case DType::int64:
-      return 8;
-    case DType::float32:
-    case DType::int32:
-      return 4;
-    case DType::boolean:
-      return 1;
-    default:
-      return 2;
-  }
-}
 
 // Parts of a workspace, aligned as cudaMalloc does. Without memory it counts bytes.
 class Workspace {

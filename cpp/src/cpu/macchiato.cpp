@@ -7,7 +7,6 @@ namespace {
 
 using cpu::at;
 using cpu::column_of;
-using cpu::element_size;
 using cpu::kAlignment;
 using cpu::round_to_alignment;
 using cpu::row_of;

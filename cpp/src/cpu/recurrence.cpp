@@ -201,7 +201,7 @@ class Plan {
         cpu::kernels().recurrence_bytes(Call::kScan, p.is_double, grid_.block_width()));
     parts_ = parts_of(longest_);
     const Tensor& out = call.output();
-    stream_ = p.batch * p.tokens * p.channels * cpu::element_size(out.dtype) >= cpu::kStreamBytes;
+    stream_ = p.batch * p.tokens * p.channels * element_size(out.dtype) >= cpu::kStreamBytes;
   }
 
   int64_t bytes() const {

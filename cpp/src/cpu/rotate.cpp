@@ -24,7 +24,7 @@ class Plan {
     const double numbers = static_cast<double>(p.batch) * static_cast<double>(p.heads) *
                            static_cast<double>(p.tokens) * static_cast<double>(p.channels);
     threads_ = cpu::useful_threads(8.0 * numbers, cpu::kThreaded ? threads : 1);
-    const int64_t bytes = cpu::element_size(p_.y.dtype);
+    const int64_t bytes = element_size(p_.y.dtype);
     blocks_ = (p.tokens + cpu::kRotateTokens - 1) / cpu::kRotateTokens;
     stream_ = p.batch * p.heads * p.tokens * p.channels * bytes >= cpu::kStreamBytes;
     rates_ = cpu::round_to_alignment(cpu::padded_pairs(p.pairs) * 8);

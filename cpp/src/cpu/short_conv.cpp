@@ -83,7 +83,7 @@ class Plan {
     scratch_ =
         cpu::round_to_alignment(cpu::kernels().convolution_bytes(p.is_double, grid_.block_width()));
     const Tensor& out = call.output();
-    stream_ = p.batch * p.tokens * p.channels * cpu::element_size(out.dtype) >= cpu::kStreamBytes;
+    stream_ = p.batch * p.tokens * p.channels * element_size(out.dtype) >= cpu::kStreamBytes;
   }
 
   int64_t bytes() const {

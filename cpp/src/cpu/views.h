@@ -4,25 +4,11 @@
 
 #include <string>
 
+#include "common/element_size.h"
 #include "common/validate.h"
 #include "cpu/kernels.h"
 
 namespace latte::cpu {
-
-inline int64_t element_size(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-    case DType::int64:
-      return 8;
-    case DType::float32:
-    case DType::int32:
-      return 4;
-    case DType::boolean:
-      return 1;
-    default:
-      return 2;
-  }
-}
 
 inline void* at(const Tensor& t, int64_t offset) {
   return static_cast<char*>(t.data) + offset * element_size(t.dtype);
