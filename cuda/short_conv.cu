@@ -12,25 +12,12 @@ constexpr const char* kForward = "short_conv";
 constexpr const char* kBackward = "short_conv_backward";
 
 // Calls f with the width as a compile-time constant.
-template <class F>
+template <int kWidth = 1, class F>
 void with_width(int64_t width, F f) {
-  switch (width) {
-    case 1:
-      return f.template operator()<1>();
-    case 2:
-      return f.template operator()<2>();
-    case 3:
-      return f.template operator()<3>();
-    case 4:
-      return f.template operator()<4>();
-    case 5:
-      return f.template operator()<5>();
-    case 6:
-      return f.template operator()<6>();
-    case 7:
-      return f.template operator()<7>();
-    default:
-      return f.template operator()<kMaxWidth>();
+  if constexpr (kWidth == kMaxWidth) {
+    f.template operator()<kWidth>();
+  } else {
+    width == kWidth ? f.template operator()<kWidth>() : with_width<kWidth + 1>(width, f);
   }
 }
 
