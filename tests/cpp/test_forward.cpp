@@ -6,8 +6,10 @@
 namespace testing_latte {
 namespace {
 
+// CUDA has no float64 here.
 void check(const std::vector<Case>& cases) {
-  for (const Case& c : cases) Call(c).check_forward();
+  for (const Case& c : cases)
+    if (!kTestsCuda || c.q_type != DType::float64) Call(c).check_forward();
 }
 
 TEST(Forward, Sizes) { check(size_cases()); }

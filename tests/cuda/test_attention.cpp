@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Latent attention forward on the emulated device, against the float64 oracle of tests/cpp.
+// What only the CUDA forward pass has, beside the cases of tests/cpp/test_forward.cpp: tiles,
+// segments, schedules, budgets; against the float64 oracle of tests/cpp.
 #include <gtest/gtest.h>
 
 #include "cuda/emulation/cuda_emulation.h"
@@ -12,23 +13,8 @@ namespace emulation = latte::emulation;
 
 constexpr DType kDeviceTypes[] = {DType::float32, DType::bfloat16, DType::float16};
 
-void check(const std::vector<Case>& cases) {
-  for (const Case& c : cases)
-    if (c.q_type != DType::float64) Call(c).check_forward();
-}
-
-// The CPU's cases.
-TEST(Forward, Sizes) { check(size_cases()); }
-TEST(Forward, Tokens) { check(token_cases()); }
-TEST(Forward, MixedTypes) { check(mixed_type_cases()); }
-TEST(Forward, Layouts) { check(layout_cases()); }
-TEST(Forward, Events) { check(event_cases()); }
-TEST(Forward, Packed) { check(packed_cases()); }
-TEST(Forward, GroupedHeads) { check(group_cases()); }
-TEST(Forward, OddCases) { check(odd_cases()); }
-
 // Every kernel, with whole tiles and vectors and without.
-TEST(Forward, Tiles) {
+TEST(Attention, Tiles) {
   unsigned seed = 0;
   for (const DType dtype : kDeviceTypes)
     for (const int64_t latents : {16, 32, 64, 101, 128, 250, 256})
@@ -43,7 +29,7 @@ TEST(Forward, Tiles) {
 }
 
 // A latent's maximum jumps in the middle of a chunk: below and above the range of the products.
-TEST(Forward, Jumps) {
+TEST(Attention, Jumps) {
   for (const DType dtype : kDeviceTypes)
     for (const double jump : {20.0, 58.0, 62.0, 150.0, 1e4})
       for (const bool causal : {true, false}) {
@@ -62,7 +48,7 @@ TEST(Forward, Jumps) {
 }
 
 // Sequences long enough to be cut, alone and packed, with keys that leave segments empty.
-TEST(Forward, Segments) {
+TEST(Attention, Segments) {
   for (const DType dtype : kDeviceTypes)
     for (const Keys keys : {Keys::normal, Keys::jumps, Keys::infinite})
       for (const bool causal : {true, false})
@@ -87,7 +73,7 @@ latte::Tensor tokens_of(latte::Tensor t, int64_t from, int64_t to) {
 }
 
 // A call on all tokens equals two calls that hand on the state.
-TEST(Forward, SplitAnywhere) {
+TEST(Attention, SplitAnywhere) {
   for (const DType dtype : kDeviceTypes)
     for (const Keys keys : {Keys::normal, Keys::jumps, Keys::infinite})
       for (const int64_t at : {0, 1, 64, 100}) {
@@ -117,7 +103,7 @@ TEST(Forward, SplitAnywhere) {
 }
 
 // Blocks and threads in other orders leave every bit as it is.
-TEST(Forward, AnySchedule) {
+TEST(Attention, AnySchedule) {
   const emulation::Options before = emulation::options();
   for (const DType dtype : kDeviceTypes)
     for (const Keys keys : {Keys::normal, Keys::jumps})
@@ -140,7 +126,7 @@ TEST(Forward, AnySchedule) {
 }
 
 // Borders on the device are not checked: whatever they are, nothing outside is touched.
-TEST(Forward, WrongBordersStayInside) {
+TEST(Attention, WrongBordersStayInside) {
   Case c;
   c.tokens = 70, c.borders = {0, 30, 70}, c.initial = true;
   Call call(c);
@@ -150,7 +136,7 @@ TEST(Forward, WrongBordersStayInside) {
 }
 
 // Every input is read once and y written once.
-TEST(Forward, MovesTheLeastBytes) {
+TEST(Attention, MovesTheLeastBytes) {
   for (const DType dtype : kDeviceTypes)
     for (const bool causal : {true, false}) {
       Case c;
@@ -180,7 +166,7 @@ void expect_error(latte::Error::Kind kind, const std::string& text, const Case& 
   }
 }
 
-TEST(Forward, Errors) {
+TEST(Attention, Errors) {
   Case c;
   c.set_type(DType::float64);
   expect_error(latte::Error::Kind::type,
