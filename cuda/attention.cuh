@@ -108,6 +108,23 @@ __device__ __forceinline__ void load_rows(E* to, const Slice& from, int64_t t, U
   });
 }
 
+// Walks chunks whose rows load(chunk) asks for; with two stages the next chunk is on its way while
+// one is walked. The first has been asked for.
+template <int kStages, class Load, class Walk>
+__device__ __forceinline__ void walk_chunks(int64_t chunks, Load load, Walk walk) {
+  for (int64_t c = 0; c < chunks; ++c) {
+    if (kStages == 2 && c + 1 < chunks) {
+      load(c + 1);
+      async_copy_wait<1>();
+    } else {
+      async_copy_wait<0>();
+    }
+    __syncthreads();
+    walk(c);
+    if (kStages == 1 && c + 1 < chunks) load(c + 1);
+  }
+}
+
 // Rows of y.
 struct Target : Slice {
   __device__ __forceinline__ explicit Target(const Slice& slice) : Slice(slice) {}

@@ -33,14 +33,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     m.state()[l * Shape::kStateStride + d] =
         from_compute<typename Shape::Factor>(Product::rounded(mean));
   }
-  for (int64_t c = 0; c < chunks; ++c) {
-    if (Shape::kStages == 2 && c + 1 < chunks) {
-      load(c + 1);
-      async_copy_wait<1>();
-    } else {
-      async_copy_wait<0>();
-    }
-    __syncthreads();
+  walk_chunks<Shape::kStages>(chunks, load, [&](int64_t c) {
     QueryRows<Shape> rows(m.stage(c % Shape::kStages), a);
     rows.divide([](int) {
       Tile ones;
@@ -50,8 +43,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     rows.add_state(m);
     rows.store(y, c * kChunk, w.tokens - c * kChunk);
     __syncthreads();
-    if (Shape::kStages == 1 && c + 1 < chunks) load(c + 1);
-  }
+  });
 }
 
 }  // namespace latte::cuda

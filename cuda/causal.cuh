@@ -25,17 +25,9 @@ class CausalBlock {
     const int64_t chunks = ceil_div(w_.tokens, kChunk);
     if (chunks > 0) load(0);
     state_.load(m_, a_.initial, a_, state_number(a_.initial_of_part), w_);
-    for (int64_t c = 0; c < chunks; ++c) {
-      if (Shape::kStages == 2 && c + 1 < chunks) {
-        load(c + 1);
-        async_copy_wait<1>();
-      } else {
-        async_copy_wait<0>();
-      }
-      __syncthreads();
-      walk(c * kChunk, m_.stage(c % Shape::kStages));
-      if (Shape::kStages == 1 && c + 1 < chunks) load(c + 1);
-    }
+    walk_chunks<Shape::kStages>(
+        chunks, [&](int64_t c) { load(c); },
+        [&](int64_t c) { walk(c * kChunk, m_.stage(c % Shape::kStages)); });
     if (!writes_state()) return;
     __syncthreads();
     state_.store(m_, a_.final, a_, state_number(a_.final_of_part), w_);
