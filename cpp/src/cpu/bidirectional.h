@@ -172,7 +172,7 @@ class Bidirectional {
       if (keys == Keys::raised) mean_.scale_rows(s_.alpha);
       ScanOperands<T> scan = scan_operands<T>(n, mean_, nullptr);
       scan.x = row_blocks_of<const T>(s_.p, stride_);
-      scan.y = column_operand(v_, first, n, s_.v, value_stride_);
+      scan.y = column_operand(v_, first, n, task_.end - first - n, s_.v, value_stride_);
       scan.alpha = s_.alpha;
       PrefetchList next(tile_count(mean_));
       if (first + n < task_.end) next.add(first + n, k_, v_);

@@ -73,7 +73,7 @@ class CausalForward {
     ScanOperands<T> scan = scan_operands(n, state_, s_.y);
     scan.x = first_of_pair(s_.ew);
     scan.g = second_of_pair(s_.ew);
-    scan.y = column_operand(v_, first, n, s_.v, v_stride_);
+    scan.y = column_operand(v_, first, n, end_ - first - n, s_.v, v_stride_);
     scan.alpha = s_.alpha;
     write_in_place(scan, y_, first);
     if (next_first < end_) list.add(next_first, next.k_, next.q_, next.v_, next.y_);
@@ -208,7 +208,7 @@ class CausalBackward {
       ScanOperands<T> rows = scan_operands<T>(n, r_state_, nullptr);
       rows.reverse = true;
       rows.x = second_of_pair(s_.ew);
-      rows.y = column_operand(dy_, first, n, s_.dy, value_stride_);
+      rows.y = column_operand(dy_, first, n, end_ - first - n, s_.dy, value_stride_);
       rows.alpha = s_.alpha;
       PrefetchList next(tile_count(r_state_));
       if (first > begin_) next.add(first - kChunk, k_, q_, dy_);

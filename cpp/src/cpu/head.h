@@ -115,10 +115,13 @@ LATTE_INLINE Stream<const T> row_operand(const Source<T>& source, int64_t first,
   const RowsInUse<T> rows(source, first, n, scratch, scratch_stride, cpu::kMaxRowStride);
   return row_blocks_of(rows.data, rows.stride);
 }
-// And as its Y.
+// And as its Y, which has `behind` rows after those n. Lanes past the width may hold anything: they
+// end in columns of S and O that nobody reads.
 template <class T>
 LATTE_INLINE Stream<const T> column_operand(const Source<T>& source, int64_t first, int64_t n,
-                                            T* scratch, int64_t scratch_stride) {
+                                            int64_t behind, T* scratch, int64_t scratch_stride) {
+  if (source.vectors_in_place(behind) && source.stride_bytes() <= cpu::kMaxColumnStride)
+    return column_blocks_of<const T>(source.row_in_place(first), source.stride_in_place());
   const RowsInUse<T> rows(source, first, n, scratch, scratch_stride, cpu::kMaxColumnStride);
   return column_blocks_of(rows.data, rows.stride);
 }

@@ -70,11 +70,10 @@ class RowView {
   int64_t stride_bytes() const { return rows_.stride_t * storage_bytes(); }
 
  protected:
-  // Every row is there, without tails or gaps: what a loop then need not ask of each row was a
-  // twentieth of a pass in half precision.
-  bool whole_vectors() const {
-    return rows_.stride_c == 1 && width_ % kLanes<T> == 0 && group_ == 1;
-  }
+  // Every row is there, without gaps: what a loop then need not ask of each row was a twentieth of
+  // a pass in half precision.
+  bool every_row() const { return rows_.stride_c == 1 && group_ == 1; }
+  bool whole_vectors() const { return every_row() && width_ % kLanes<T> == 0; }
   int64_t storage_bytes() const {
     return rows_.dtype == DType::bfloat16 || rows_.dtype == DType::float16 ? 2 : sizeof(T);
   }
@@ -101,6 +100,22 @@ struct Vectors {
   }
 };
 
+// The same of rows that end in part of a vector, which `absent` fills.
+template <class T, class S>
+struct VectorsAndTail {
+  const S* data;
+  int64_t stride;
+  T scale;
+  int64_t width;
+  T absent;
+
+  LATTE_INLINE Vec<T> operator()(int64_t i, int64_t c) const {
+    const S* p = data + i * stride + c;
+    if (c + kLanes<T> <= width) return load_compute(p) * scale;
+    return first_lanes(width - c, load_compute_part(p, width - c) * scale, absent);
+  }
+};
+
 template <class T>
 class Source : public RowView<T> {
  public:
@@ -113,6 +128,13 @@ class Source : public RowView<T> {
         scale_(scale) {}
 
   bool in_place() const { return RowView<T>::in_place() && !mask_ && scale_ == 1; }
+  // May whole vectors be read at rows that end in part of one? `behind` rows that follow are memory
+  // of the tensor too.
+  bool vectors_in_place(int64_t behind) const {
+    const int64_t stride = this->rows_.stride_t, width = this->width_;
+    return this->rows_.dtype == kComputeDType<T> && every_row() && scale_ == 1 && stride >= 0 &&
+           behind * stride + width >= round_up<T>(width);
+  }
 
   // Calls consume(i, c, vector) for n rows from `first`, c stepping over whole vectors; i counts
   // from 0. Lanes past the width and absent rows hold `absent`.
@@ -128,6 +150,8 @@ class Source : public RowView<T> {
     with_storage_type(T(), this->rows_.dtype, [&](auto* storage) {
       if (whole_vectors()) {
         consume_vectors(converted(storage, first), n, this->width_, consume);
+      } else if (every_row()) {
+        consume_vectors(converted_tail(storage, first), n, this->width_, consume);
       } else {
         for (int64_t i = 0; i < n; ++i) convert_row(storage, first + i, i, consume);
       }
@@ -135,16 +159,17 @@ class Source : public RowView<T> {
   }
 
   // Calls read(rows) once, where rows(i, c) is a vector of row first + i: of the caller's memory,
-  // converted on the way, or of a copy in `scratch` where rows are not whole vectors.
+  // converted on the way, or of a copy in `scratch` where rows have gaps or are masked.
   template <class F>
   LATTE_INLINE void with_vectors(int64_t first, int64_t n, T* scratch, int64_t scratch_stride,
                                  F read) const {
-    if (!whole_vectors()) {
+    if (!every_row()) {
       copy(first, n, scratch, scratch_stride);
       return read(Vectors<T, T>{scratch, scratch_stride, 1});
     }
-    with_storage_type(T(), this->rows_.dtype,
-                      [&](auto* storage) { read(converted(storage, first)); });
+    with_storage_type(T(), this->rows_.dtype, [&](auto* storage) {
+      whole_vectors() ? read(converted(storage, first)) : read(converted_tail(storage, first));
+    });
   }
 
   // The same into rows of `stride` elements.
@@ -154,7 +179,13 @@ class Source : public RowView<T> {
   }
 
  private:
+  bool every_row() const { return RowView<T>::every_row() && !mask_; }
   bool whole_vectors() const { return RowView<T>::whole_vectors() && !mask_; }
+  template <class S>
+  LATTE_INLINE VectorsAndTail<T, S> converted_tail(const S* storage, int64_t first) const {
+    const Vectors<T, S> rows = converted(storage, first);
+    return {rows.data, rows.stride, rows.scale, this->width_, absent_};
+  }
   template <class S>
   LATTE_INLINE Vectors<T, S> converted(const S*, int64_t first) const {
     return {static_cast<const S*>(this->rows_.data) + first * this->rows_.stride_t,
@@ -162,9 +193,8 @@ class Source : public RowView<T> {
   }
   // By value, here and in write_vectors(): a store of a vector may change any member and any
   // captured reference, for all the compiler knows, which then reads them again for every vector.
-  template <class S, class F>
-  LATTE_INLINE static void consume_vectors(Vectors<T, S> rows, int64_t n, int64_t width,
-                                           F consume) {
+  template <class R, class F>
+  LATTE_INLINE static void consume_vectors(R rows, int64_t n, int64_t width, F consume) {
     for (int64_t i = 0; i < n; ++i)
       for (int64_t c = 0; c < width; c += kLanes<T>) consume(i, c, rows(i, c));
   }
@@ -203,7 +233,7 @@ class Sink : public RowView<T> {
   template <class F>
   LATTE_INLINE void write(int64_t first, int64_t n, F produce) const {
     with_storage_type(T(), this->rows_.dtype, [&](auto* storage) {
-      if (this->whole_vectors()) {
+      if (this->every_row()) {
         write_vectors(
             static_cast<decltype(storage)>(this->rows_.data) + first * this->rows_.stride_t,
             this->rows_.stride_t, n, this->width_, produce);
@@ -218,9 +248,11 @@ class Sink : public RowView<T> {
   template <class S, class F>
   LATTE_INLINE static void write_vectors(S* rows, int64_t stride, int64_t n, int64_t width,
                                          F produce) {
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t c = 0; c < width; c += kLanes<T>)
-        store_compute(rows + i * stride + c, produce(i, c));
+    const int64_t whole = width - width % kLanes<T>;
+    for (int64_t i = 0; i < n; ++i, rows += stride) {
+      for (int64_t c = 0; c < whole; c += kLanes<T>) store_compute(rows + c, produce(i, c));
+      if (whole < width) store_compute_part(rows + whole, width - whole, produce(i, whole));
+    }
   }
   template <class S, class F>
   LATTE_INLINE void write_row(S*, int64_t row_index, int64_t i, F produce) const {
