@@ -106,7 +106,7 @@ test-isas: $(VENV)/installed
 	    --ignore=tests/python/test_reference.py --ignore-glob='*/test_hf*' || exit 1; \
 	done
 
-CPP_FILES := '*.h' '*.cpp' '*.cuh' '*.cu'
+CPP_FILES := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 
 lint: $(VENV)/requirements $(GTEST_HEADER)
 	$(BIN)/ruff check .

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`python -m latte_ext info | selftest | demo | bench | extend`."""
+"""`python -m latte_ext info | selftest | demo | bench | extend`, or `--cmake-dir`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import __version__, _core, bench, demo, selftest
+from ._paths import cmake_dir
 
 
 def info() -> int:
@@ -31,7 +32,10 @@ def info() -> int:
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m latte_ext", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parser.add_argument(
+        "--cmake-dir", action="store_true", help="the folder for cmake's -Dlatte_DIR, and no more"
+    )
+    commands = parser.add_subparsers(dest="command")
     commands.add_parser("info", help="version, instruction set, threads, CUDA, torch")
     commands.add_parser("selftest", help="prove this installation in a few seconds")
     demo.add_arguments(commands.add_parser("demo", help="train, sample and time a language model"))
@@ -41,6 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     if argv[:1] == ["extend"]:
         _extension().add_arguments(extend)
     args = parser.parse_args(argv)
+    if args.cmake_dir:
+        print(cmake_dir())
+        return 0
+    if args.command is None:
+        parser.error("a command is required")
     run: dict[str, Callable[[argparse.Namespace], int]] = {
         "info": lambda _: info(),
         "selftest": lambda _: selftest.main(),

@@ -3,6 +3,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import latte_ext
 import pytest
@@ -17,6 +18,26 @@ def test_info_names_what_a_report_needs(capsys: pytest.CaptureFixture[str]) -> N
     assert rows["threads"] == str(torch.get_num_threads())
     assert rows["CUDA"].startswith("no")
     assert rows["torch"] == torch.__version__
+
+
+def test_cmake_dir_and_nothing_else_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--cmake-dir"]) == 0
+    (folder,) = capsys.readouterr().out.splitlines()
+    assert (Path(folder) / "latteConfig.cmake").is_file()
+
+
+def test_an_installation_without_the_cpp_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(latte_ext._core, "__file__", str(tmp_path / "_core.so"))
+    with pytest.raises(RuntimeError, match="has no latteConfig.cmake, expected the C"):
+        command.main(["--cmake-dir"])
+
+
+def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main([])
+    assert "a command is required" in capsys.readouterr().err
 
 
 def test_selftest_holds_here(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,8 @@
 from .attention import LatentAttention as LatentAttention
 from .block import LatteBlock as LatteBlock
 from .block import LayerCache as LayerCache
+from .checkpoint import load as load
+from .checkpoint import save as save
 from .config import VARIANTS as VARIANTS
 from .config import LatteConfig as LatteConfig
 from .macchiato import MacchiatoAttention as MacchiatoAttention
@@ -28,5 +30,7 @@ __all__ = [
     "MultiheadLatentAttention",
     "RecurrentState",
     "ShortConv",
+    "load",
     "replace_attention",
+    "save",
 ]
