@@ -2,7 +2,8 @@
 # make test   every test, C++ and Python
 # make bench  the kernels against this machine's peak and against peers, into benchmarks/results
 # make extend  longer context for a pretrained model: 15 minutes of training, a report
-# make lint   formatting, types, static analysis
+# make lint   formatting, types, static analysis, known vulnerabilities
+# make wheel  a source archive and a wheel for others, checked and tried in an empty environment
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ COMMA := ,
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
-.PHONY: demo extend test bench lint format test-cpp test-cpp-sanitized test-cuda test-aarch64 suite-aarch64 \
+.PHONY: demo extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda test-aarch64 suite-aarch64 \
   test-python test-isas clean
 .DELETE_ON_ERROR:
 
@@ -121,6 +122,32 @@ format: $(VENV)/requirements
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $$(git ls-files $(CPP_FILES))
+
+# The wheel is built from the archive, without network: that shows that the archive is whole.
+RELEASE := build/release
+DIST := $(RELEASE)/dist
+TRIED := $(CURDIR)/$(RELEASE)/env/bin/python
+
+wheel: $(VENV)/requirements
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-release.txt
+	rm -rf $(RELEASE)
+	PATH="$(CURDIR)/$(BIN):$$PATH" PIP_NO_INDEX=1 $(BIN)/python -m build --no-isolation \
+	  --outdir $(RELEASE)/raw . >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair $(RELEASE)/raw/*.whl \
+	  --exclude libgomp.so.1 --wheel-dir $(DIST)
+	mv $(RELEASE)/raw/*.tar.gz $(DIST)
+	$(BIN)/twine check --strict $(DIST)/*
+	$(BIN)/check-wheel-contents $(DIST)/*.whl
+	$(BIN)/python tools/check_wheel.py $(DIST)/*.whl $(DIST)/*.tar.gz
+	$(PYTHON) -m venv $(RELEASE)/env
+	$(TRIED) -m pip install --quiet --disable-pip-version-check \
+	  $$(grep ^torch== requirements-dev.txt) $(DIST)/*.whl
+	cd $(RELEASE) && $(TRIED) -m latte_ext selftest
+	cd $(RELEASE) && PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S $(CURDIR)/tests/consumer -B consumer \
+	  -Dlatte_DIR="$$($(TRIED) -m latte_ext --cmake-dir)" >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(RELEASE)/consumer >/dev/null
+	$(RELEASE)/consumer/consumer
+	$(RELEASE)/consumer/consumer_c
 
 clean:
 	rm -rf build $(VENV)

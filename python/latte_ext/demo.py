@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from . import _demo_timing as timing
 from ._demo_text import BYTES, Corpus, load_corpus, ngram_bits, window_starts
 from ._progress import Bar
-from .nn import VARIANTS, LatteConfig, LatteLM
+from .nn import VARIANTS, LatteConfig, LatteLM, save
 from .nn.model import sample_token
 
 # Bits per byte that the model has to end below the trigram.
@@ -67,7 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--text", type=Path, help="text to train on (default: Python's sources)")
     parser.add_argument(
-        "--out", type=Path, default=Path("latte_demo"), help="folder for demo.json and demo.png"
+        "--out", type=Path, default=Path("latte_demo"), help="folder for what is saved"
     )
     parser.add_argument(
         "--threads", type=_positive(int), help="CPU threads (default: the fastest number)"
@@ -171,6 +171,7 @@ def _run(corpus: Corpus, variant: str, seconds: float, out: Path) -> bool:
     }
     (out / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
     print(f"\nsaved {out / 'demo.json'}")
+    save_model(out / "model.safetensors", model)
     save_plot(out / "demo.png", training, baselines, bits, rows)
     if not reached:
         print(
@@ -333,6 +334,17 @@ class Progress:
 
     def _text(self, steps: int, bits: float) -> str:
         return f"step {steps:,}: {bits:.2f} bits per byte ({self._baselines})"
+
+
+def save_model(path: Path, model: LatteLM) -> bool:
+    """Write the model for `nn.load` and examples/cpp; false, and a message, without safetensors."""
+    try:
+        save(model, path)
+    except ImportError as error:
+        print(f"no model file: {error}")
+        return False
+    print(f"saved {path}")
+    return True
 
 
 def save_plot(

@@ -12,7 +12,7 @@ import torch
 from latte_ext import _demo_text as text
 from latte_ext import _demo_timing as timing
 from latte_ext import demo
-from latte_ext.nn import LatteConfig, LatteLM
+from latte_ext.nn import LatteConfig, LatteLM, load
 from torch import Tensor
 
 SENTENCE = b"the quick brown fox jumps over the lazy dog. "
@@ -267,16 +267,18 @@ def test_the_demo_reaches_its_target_and_writes_results(
     assert result["scored_bytes"] == 3 * demo.SEQUENCE
     assert [row["context"] for row in result["timings"]] == [16, 32, 64]
     assert (out / "demo.png").read_bytes().startswith(b"\x89PNG")
+    assert load(out / "model.safetensors").config == demo.build_model(result["variant"]).config
     printed = capsys.readouterr().out
     assert f"trigram {bits['trigram']:.2f}, unigram {bits['unigram']:.2f}" in printed
     assert "FAILED" not in printed
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_missed_target_fails_and_the_plot_is_optional(
+def test_a_missed_target_fails_and_the_files_are_optional(
     story: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     monkeypatch.setattr(timing, "PREFILL_LIMIT", 0.0)
     arguments = ["--minutes", "0.001", "--text", str(story), "--out", str(tmp_path)]
     assert demo.main(arguments) == 1
@@ -285,6 +287,8 @@ def test_a_missed_target_fails_and_the_plot_is_optional(
     assert "pip install matplotlib" in printed
     assert (tmp_path / "demo.json").exists()
     assert not (tmp_path / "demo.png").exists()
+    assert "pip install safetensors" in printed
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 @pytest.mark.usefixtures("quick")

@@ -30,7 +30,7 @@ def test_an_installation_without_the_cpp_files(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(latte_ext._core, "__file__", str(tmp_path / "_core.so"))
-    with pytest.raises(RuntimeError, match="has no latteConfig.cmake, expected the C"):
+    with pytest.raises(RuntimeError, match=r"has no latteConfig\.cmake, expected the C"):
         command.main(["--cmake-dir"])
 
 
