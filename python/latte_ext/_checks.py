@@ -9,6 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ._sharding import check_plain, check_whole
+
 Backend = Literal["cpu", "cuda", "reference"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -21,12 +23,20 @@ _DTYPES: dict[str, tuple[torch.dtype, ...]] = {
 }
 
 
-def check_tensors(op: str, required: dict[str, Tensor], **optional: Tensor | None) -> None:
+def check_tensors(
+    op: str, required: dict[str, Tensor], *, pointwise: bool = False, **optional: Tensor | None
+) -> None:
     """Types, devices and layouts; what is not listed in _DTYPES is floating point.
 
+    Args:
+        pointwise: a token's result depends on no other token, so that any part of a sequence will
+            do.
+
     Raises:
-        TypeError: types, dtypes and layouts; RuntimeError: devices.
+        TypeError: types, dtypes and layouts; RuntimeError: devices, shards of a sequence.
     """
+    if not pointwise:
+        check_whole(op)
     first, beside = next(iter(required.items()))
     for name, given in (*required.items(), *optional.items()):
         if given is None and name in optional:
@@ -56,6 +66,7 @@ def check_beside(op: str, q: Tensor, name: str, tensor: Tensor) -> None:
 def _tensor(op: str, name: str, given: object, beside: Tensor, first: str) -> Tensor:
     if not isinstance(given, Tensor):
         raise TypeError(f"[{op}] {name} is a {type(given).__name__}, expected a torch.Tensor")
+    check_plain(op, name, given)
     check_device(op, name, given.device, beside, first)
     return given
 

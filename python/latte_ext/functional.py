@@ -19,6 +19,7 @@ from ._checks import (
     check_tensors,
     check_type,
 )
+from ._sharding import region_lengths
 from .state import LatentState
 
 
@@ -88,26 +89,18 @@ def latent_attention(
     Raises:
         ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
     """
-    op = "latent_attention"
-    check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
-    check_flags(op, causal=causal)
-    check_scale(op, scale)
-    triple = _state_tensors(op, q, state)
-    check_backend(op, "q", q, backend)
+    check_latent_attention(
+        q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state,
+        backend=backend, shapes=backend == "reference",
+    )  # fmt: skip
     if backend == "reference":
-        check_by_core(
-            lambda borders: _core.latent_attention_check(
-                q, k, v, key_mask, borders, triple[0], triple[1], triple[2], causal, scale
-            ),
-            cu_seqlens,
-        )
         y, final = reference.latent_attention(
             q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens,
             state=None if state is None else state.tensors(),
         )  # fmt: skip
         return (y, LatentState(*final)) if return_state else y
     y, max_, norm, mean = _ops.latent_attention(
-        q, k, v, key_mask, cu_seqlens, *triple, causal, scale
+        q, k, v, key_mask, cu_seqlens, *_state_tensors(state), causal, scale
     )
     return (y, LatentState(max_, norm, mean)) if return_state else y
 
@@ -131,7 +124,7 @@ def latent_attention_step(
         ValueError: shapes or values; TypeError: dtypes; RuntimeError: devices, or an input that
         requires grad while grad mode is on.
     """
-    if isinstance(state, LatentState):
+    if isinstance(state, LatentState) and region_lengths() is None:
         y = _ops.latent_attention_step_direct(q, k, v, state.max, state.norm, state.mean, scale)
         if y is not None:
             return y
@@ -139,15 +132,47 @@ def latent_attention_step(
     check_tensors(op, {"q": q, "k": k, "v": v})
     check_scale(op, scale)
     check_type(op, "state", state, LatentState)
-    triple = _state_tensors(op, q, state)
-    return _ops.latent_attention_step(q, k, v, *triple, scale)  # type: ignore[no-any-return]
+    check_device(op, "state", state.device, q)
+    return _ops.latent_attention_step(q, k, v, *state.tensors(), scale)  # type: ignore[no-any-return]
+
+
+def check_latent_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scale: float,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    state: LatentState | None,
+    backend: Backend | None,
+    shapes: bool,
+) -> None:
+    """What `latent_attention` checks of its arguments, if `shapes` also what the operator does.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `latent_attention`.
+    """
+    op = "latent_attention"
+    check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
+    check_flags(op, causal=causal)
+    check_scale(op, scale)
+    if state is not None:
+        check_type(op, "state", state, LatentState)
+        check_device(op, "state", state.device, q)
+    check_backend(op, "q", q, backend)
+    if shapes:
+        triple = _state_tensors(state)
+        check_by_core(
+            lambda borders: _core.latent_attention_check(
+                q, k, v, key_mask, borders, triple[0], triple[1], triple[2], causal, scale
+            ),
+            cu_seqlens,
+        )
 
 
 def _state_tensors(
-    op: str, q: Tensor, state: LatentState | None
+    state: LatentState | None,
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    if state is None:
-        return (None, None, None)
-    check_type(op, "state", state, LatentState)
-    check_device(op, "state", state.mean.device, q)
-    return (state.max, state.norm, state.mean)
+    return (None, None, None) if state is None else state.tensors()

@@ -92,6 +92,31 @@ def merge(a: StateTensors, b: StateTensors) -> StateTensors:
     return max_, norm, mean
 
 
+def merge_all(max: Tensor, norm: Tensor, mean: Tensor) -> StateTensors:
+    """The states of S >= 1 disjoint sets, (S,N,Hk,L) and (S,N,Hk,L,D), merged in one step."""
+    max = max.detach()
+    top = max.amax(dim=0)
+    weight = norm * torch.exp(max - _finite(top))
+    total = weight.sum(dim=0)
+    share = weight / torch.where(total == 0, 1, total)
+    # As in `merge`: no gradient reaches the mean of an empty latent.
+    means = torch.where(share.unsqueeze(-1) == 0, 0, mean)
+    return top, total, (share.unsqueeze(-1) * means).sum(dim=0)
+
+
+def summary(k: Tensor, v: Tensor, *, scale: float, key_mask: Tensor | None) -> StateTensors:
+    """The state that `latent_attention` leaves of k (B,Hk,T,L) and v (B,Hk,T,D), T >= 0."""
+    with _autocast_disabled(k.device):
+        _, k, v = _prepare(k[:, :, :0], k, v, scale, key_mask)
+        return _summary(k, v)
+
+
+def read(q: Tensor, mean: Tensor, *, scale: float) -> Tensor:
+    """sum over l of p(l|t) mean[l] (B,H,T,D) for logits q (B,H,T,L) and mean (B,Hk,L,D)."""
+    with _autocast_disabled(q.device):
+        return _read(softmax(q.to(mean.dtype) * scale, dim=-1), mean)
+
+
 def latent_attention(
     q: Tensor,
     k: Tensor,
@@ -443,7 +468,7 @@ def _attend(
 ) -> tuple[Tensor, StateTensors]:
     """Outputs and final state of B sequences, from p(l|t), prepared k and v, and a state."""
     if not causal:
-        carry = merge(carry, _summary(k, v)) if k.shape[2] else carry
+        carry = merge(carry, _summary(k, v))
         return _read(p, carry[2]), carry
     rows = [v.new_empty(p.shape[0], p.shape[1], 0, v.shape[3])]
     # unbind, because T slices would each have a gradient of the size of their T tokens.
@@ -470,8 +495,10 @@ def _attend_packed(
 
 
 def _summary(k: Tensor, v: Tensor) -> StateTensors:
-    """The state of all T >= 1 tokens of k (B,Hk,T,L) and v (B,Hk,T,D)."""
-    max_ = k.detach().amax(dim=2)
+    """The state of all T >= 0 tokens of k (B,Hk,T,L) and v (B,Hk,T,D)."""
+    keys = k.detach()
+    # Without tokens nothing but the formulas below ties the state to k and v, for gradients.
+    max_ = keys.amax(dim=2) if k.shape[2] else keys.sum(dim=2) - torch.inf
     weight = torch.exp(k - _finite(max_).unsqueeze(2))
     norm = weight.sum(dim=2)
     share = weight / torch.where(norm == 0, 1, norm).unsqueeze(2)

@@ -82,7 +82,7 @@ def rotate(
         rates that require grad while grad mode is on.
     """
     op = "rotate"
-    check_tensors(op, {"x": x, "position": position}, rates=rates)
+    check_tensors(op, {"x": x, "position": position}, rates=rates, pointwise=True)
     check_flags(op, interleaved=interleaved, inverse=inverse)
     check_backend(op, "x", x, backend)
     if base is None:

@@ -3,6 +3,7 @@
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import hypothesis
 import pytest
@@ -28,6 +29,16 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("filterwarnings", "error")
     for tolerated, _ in TOLERATED_WARNINGS:
         config.addinivalue_line("filterwarnings", tolerated)
+
+
+@pytest.fixture(scope="session")
+def pool() -> Iterator[Any]:
+    """The `sharded_helpers.Pool` of the run, since each process takes seconds to import torch."""
+    from sharded_helpers import RANKS, Pool
+
+    pool = Pool(RANKS)
+    yield pool
+    pool.close()
 
 
 @pytest.fixture(autouse=True)
