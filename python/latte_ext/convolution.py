@@ -71,6 +71,36 @@ def short_conv(
     Raises:
         ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
     """
+    check_short_conv(
+        x, weight, bias, causal=causal, state=state, cu_seqlens=cu_seqlens,
+        return_state=return_state, backend=backend, shapes=backend == "reference",
+    )  # fmt: skip
+    if backend == "reference":
+        y, final = reference.short_conv(
+            x, weight, bias, causal=causal, state=state, cu_seqlens=cu_seqlens
+        )
+    else:
+        y, final = _mixer_ops.short_conv(x, weight, bias, cu_seqlens, state, causal)
+    return (y, final) if return_state else y
+
+
+def check_short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    causal: bool,
+    state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    return_state: bool,
+    backend: Backend | None,
+    shapes: bool,
+) -> None:
+    """What `short_conv` checks of its arguments, if `shapes` also what the operator does.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `short_conv`.
+    """
     op = "short_conv"
     check_tensors(op, {"x": x, "weight": weight}, bias=bias, state=state, cu_seqlens=cu_seqlens)
     check_flags(op, causal=causal)
@@ -78,17 +108,11 @@ def short_conv(
     if not causal and (state is not None or return_state):
         name = "return_state" if state is None else "state"
         raise ValueError(f"[{op}] got {name} with causal=False, expected causal=True")
-    if backend == "reference":
+    if shapes:
         check_by_core(
             lambda borders: _core.short_conv_check(x, weight, bias, borders, state, causal),
             cu_seqlens,
         )
-        y, final = reference.short_conv(
-            x, weight, bias, causal=causal, state=state, cu_seqlens=cu_seqlens
-        )
-    else:
-        y, final = _mixer_ops.short_conv(x, weight, bias, cu_seqlens, state, causal)
-    return (y, final) if return_state else y
 
 
 def short_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:

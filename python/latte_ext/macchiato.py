@@ -129,7 +129,7 @@ def macchiato_attention(
     """
     op = "macchiato_attention"
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
-    _check_latents(op, q, k, v, q_latent, k_latent, v_latent)
+    check_latents(op, q, k, v, q_latent, k_latent, v_latent)
     scale = check_window(op, q, window, scale, causal, minimum=0)
     cap = check_softcap(op, softcap)
     check_scale(op, latent_scale)
@@ -141,7 +141,7 @@ def macchiato_attention(
     if window == 0:
         if sinks is not None:
             raise ValueError(f"[{op}] got sinks with window=0, expected a window")
-        k_latent, v_latent = _match_heads(k_latent, v, v_latent)
+        k_latent, v_latent = match_heads(k_latent, v, v_latent)
         result = latent_attention(
             q_latent[..., 1:], k_latent, v if v_latent is None else v_latent, causal=causal,
             scale=latent_scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=latent,
@@ -166,7 +166,7 @@ def macchiato_attention(
     else:
         # Logits unrounded, so that their gradient is rounded once.
         q_latent = q_latent.to(compute_dtype(q, k, v))
-        k_latent, v_latent = _match_heads(k_latent, v, v_latent)
+        k_latent, v_latent = match_heads(k_latent, v, v_latent)
         if v_latent is None and seen.cache is not None:
             v_latent = v
         save = is_differentiated(
@@ -212,14 +212,14 @@ def macchiato_attention_step(
     """
     op = "macchiato_attention_step"
     check_tensors(op, {"q": q, "k": k, "v": v})
-    _check_latents(op, q, k, v, q_latent, k_latent, v_latent)
+    check_latents(op, q, k, v, q_latent, k_latent, v_latent)
     scale = check_window(op, q, 1, scale, True, minimum=1)
     cap = check_softcap(op, softcap)
     check_scale(op, latent_scale)
     check_type(op, "state", state, MacchiatoState)
     window = 0 if state.window is None else state.window.window
     cache, latent = _check_state(op, q, window, k_latent.shape[2], state)
-    k_latent, v_latent = _match_heads(k_latent, v, v_latent)
+    k_latent, v_latent = match_heads(k_latent, v, v_latent)
     y: Tensor
     if cache is None:
         assert latent is not None
@@ -235,7 +235,7 @@ def macchiato_attention_step(
     return y
 
 
-def _match_heads(
+def match_heads(
     k_latent: Tensor, v: Tensor, v_latent: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """k_latent and its values with as many heads; None for a v that has them already.
@@ -256,7 +256,7 @@ def _match_heads(
     return k_latent, values.to(dtype).repeat_interleave(heads // v.shape[1], dim=1)
 
 
-def _check_latents(
+def check_latents(
     op: str,
     q: Tensor,
     k: Tensor,

@@ -63,12 +63,11 @@ def linear_recurrence(
     Raises:
         ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
     """
-    op = "linear_recurrence"
-    check_tensors(op, {"a": a, "b": b}, h0=h0, cu_seqlens=cu_seqlens)
-    check_flags(op, reverse=reverse)
-    check_backend(op, "a", a, backend)
+    check_linear_recurrence(
+        a, b, h0=h0, cu_seqlens=cu_seqlens, reverse=reverse, backend=backend,
+        shapes=backend == "reference",
+    )  # fmt: skip
     if backend == "reference":
-        check_by_core(lambda borders: _core.linear_recurrence_check(a, b, borders, h0), cu_seqlens)
         h, final = reference.linear_recurrence(a, b, h0=h0, cu_seqlens=cu_seqlens, reverse=reverse)
     else:
         h, final = _mixer_ops.linear_recurrence(a, b, cu_seqlens, h0, reverse)
@@ -149,20 +148,11 @@ def rg_lru(
     Raises:
         ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
     """
-    op = "rg_lru"
-    check_tensors(
-        op, {"x": x, "gate_a": gate_a, "gate_x": gate_x, "log_lambda": log_lambda},
-        h0=h0, fresh=fresh, key_mask=key_mask, cu_seqlens=cu_seqlens,
+    check_rg_lru(
+        x, gate_a, gate_x, log_lambda, h0=h0, fresh=fresh, key_mask=key_mask,
+        cu_seqlens=cu_seqlens, reverse=reverse, backend=backend, shapes=backend == "reference",
     )  # fmt: skip
-    check_flags(op, reverse=reverse)
-    check_backend(op, "x", x, backend)
     if backend == "reference":
-        check_by_core(
-            lambda borders: _core.rg_lru_check(
-                x, gate_a, gate_x, log_lambda, key_mask, borders, h0, fresh
-            ),
-            cu_seqlens,
-        )
         h, final = reference.rg_lru(
             x, gate_a, gate_x, log_lambda, h0=h0, fresh=fresh, key_mask=key_mask,
             cu_seqlens=cu_seqlens, reverse=reverse,
@@ -172,6 +162,64 @@ def rg_lru(
             x, gate_a, gate_x, log_lambda, key_mask, cu_seqlens, h0, fresh, reverse
         )
     return (h, final) if return_state else h
+
+
+def check_linear_recurrence(
+    a: Tensor,
+    b: Tensor,
+    *,
+    h0: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    backend: Backend | None,
+    shapes: bool,
+) -> None:
+    """What `linear_recurrence` checks of its arguments, if `shapes` also what the operator does.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `linear_recurrence`.
+    """
+    op = "linear_recurrence"
+    check_tensors(op, {"a": a, "b": b}, h0=h0, cu_seqlens=cu_seqlens)
+    check_flags(op, reverse=reverse)
+    check_backend(op, "a", a, backend)
+    if shapes:
+        check_by_core(lambda borders: _core.linear_recurrence_check(a, b, borders, h0), cu_seqlens)
+
+
+def check_rg_lru(
+    x: Tensor,
+    gate_a: Tensor,
+    gate_x: Tensor,
+    log_lambda: Tensor,
+    *,
+    h0: Tensor | None,
+    fresh: Tensor | None,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    reverse: bool,
+    backend: Backend | None,
+    shapes: bool,
+) -> None:
+    """What `rg_lru` checks of its arguments, if `shapes` also what the operator does.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: as `rg_lru`.
+    """
+    op = "rg_lru"
+    check_tensors(
+        op, {"x": x, "gate_a": gate_a, "gate_x": gate_x, "log_lambda": log_lambda},
+        h0=h0, fresh=fresh, key_mask=key_mask, cu_seqlens=cu_seqlens,
+    )  # fmt: skip
+    check_flags(op, reverse=reverse)
+    check_backend(op, "x", x, backend)
+    if shapes:
+        check_by_core(
+            lambda borders: _core.rg_lru_check(
+                x, gate_a, gate_x, log_lambda, key_mask, borders, h0, fresh
+            ),
+            cu_seqlens,
+        )
 
 
 def rg_lru_step(

@@ -11,6 +11,7 @@ from . import _window_ops, reference
 from ._checks import Backend, check_backend, check_tensors
 from ._register import is_differentiated
 from ._window_inputs import (
+    Seen,
     check_cache,
     check_softcap,
     check_window,
@@ -101,14 +102,36 @@ def sliding_window_attention(
     op = "sliding_window_attention"
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
     scale = check_window(op, q, window, scale, causal, minimum=1)
-    cap = check_softcap(op, softcap)
+    check_softcap(op, softcap)
     check_backend(op, "q", q, backend)
     seen = seen_by_window(op, q, k, v, window, causal, key_mask, cu_seqlens, cache, return_cache)
+    y = attend_seen(
+        q, seen, window=window, causal=causal, scale=scale, cu_seqlens=cu_seqlens, sinks=sinks,
+        softcap=softcap, backend=backend,
+    )  # fmt: skip
+    return (y, seen.after(cu_seqlens)) if return_cache else y
+
+
+def attend_seen(
+    q: Tensor,
+    seen: Seen,
+    *,
+    window: int,
+    causal: bool,
+    scale: float,
+    cu_seqlens: Tensor | None,
+    sinks: WindowSinks | None,
+    softcap: float | None,
+    backend: Backend | None,
+) -> Tensor:
+    """`sliding_window_attention` to the keys, past ones among them, that a window sees."""
+    op = "sliding_window_attention"
     q_sink, k_sink, v_sink, position = sink_tensors(op, q, sinks)
     arguments = (
-        q, seen.key, seen.value, seen.mask, cu_seqlens, q_sink, k_sink, v_sink,
-        position, seen.start_beside(position), window, seen.past, causal, scale, cap,
+        q, seen.key, seen.value, seen.mask, cu_seqlens, q_sink, k_sink, v_sink, position,
+        seen.start_beside(position), window, seen.past, causal, scale, check_softcap(op, softcap),
     )  # fmt: skip
+    y: Tensor
     if backend == "reference":
         check_window_by_core(*arguments)
         y = reference.sliding_window_attention(
@@ -119,7 +142,7 @@ def sliding_window_attention(
     else:
         save = is_differentiated(q, seen.key, seen.value, q_sink, k_sink, v_sink)
         y = _window_ops.sliding_window_attention(*arguments, save)[0]
-    return (y, seen.after(cu_seqlens)) if return_cache else y
+    return y
 
 
 def sliding_window_attention_step(

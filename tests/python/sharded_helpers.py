@@ -27,6 +27,21 @@ RANKS = 4
 TOKENS = dict.fromkeys(("q", "k", "v", "q_latent", "k_latent", "v_latent"), 2)
 TOKENS |= dict.fromkeys(("x", "a", "b", "gate_a", "gate_x", "key_mask"), 1)
 
+# Of 70 tokens, by rank: even, uneven, of one token, of none, at the start and at the end.
+LENGTHS = [(35, 35), (1, 69), (30, 0, 40), (0, 50, 20), (20, 7, 43, 0), (3, 1, 60, 6)]
+# The same tokens by sequence.
+PACKED = [[70], [0, 35, 35, 0], [20, 0, 0, 7, 3, 39, 1], [1] * 70, [69, 1], [10, 50, 10]]
+
+
+def packed(sequences: Sequence[int]) -> Tensor:
+    """cu_seqlens of sequences with these lengths."""
+    return torch.tensor([0, *sequences]).cumsum(0)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
 
 def free_port() -> int:
     with socket.socket() as probe:

@@ -12,11 +12,8 @@ import torch.distributed as dist
 from helpers import make_problem, random_mask, solve
 from latte_ext import LatentState
 from latte_ext.distributed import context_parallel
-from sharded_helpers import Call, Pool, assert_sharded_is_whole, cuts
+from sharded_helpers import LENGTHS, PACKED, Call, Pool, assert_sharded_is_whole, cuts
 from torch import Tensor
-
-# Tokens by rank: even, uneven, of one token, of none, at the start and at the end.
-LENGTHS = [(35, 35), (1, 69), (30, 0, 40), (0, 50, 20), (20, 7, 43, 0), (3, 1, 60, 6)]
 
 
 def make_call(causal: bool = True, **options: Any) -> Call:
@@ -47,10 +44,7 @@ def test_masks(pool: Pool, causal: bool, lengths: tuple[int, ...]) -> None:
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("lengths", LENGTHS)
-@pytest.mark.parametrize(
-    "sequences",
-    [[70], [0, 35, 35, 0], [20, 0, 0, 7, 3, 39, 1], [1] * 70, [69, 1], [10, 50, 10]],
-)
+@pytest.mark.parametrize("sequences", PACKED)
 def test_packed(pool: Pool, causal: bool, lengths: tuple[int, ...], sequences: list[int]) -> None:
     mask = random_mask(1, 70, keep=0.8)
     call = make_call(causal, lengths=sequences, key_mask=mask, seed=len(sequences))

@@ -62,11 +62,15 @@ class Ranks:
                 f"dead, stalled, or given other shapes? ({error})"
             ) from error
 
+    def all_gather(self, op: str, out: Tensor, own: Tensor) -> None:
+        """`own` (C,) of every rank into `out` (ranks C,)."""
+        self.call(op, _all_gather, out, own)
+
     def gather_numbers(self, op: str, numbers: Sequence[int], device: torch.device) -> list[Any]:
         """The integers of every rank, (ranks, count). Waits for the device."""
         own = torch.tensor(numbers, dtype=torch.int64, device=device)
         out = own.new_empty(self.size * len(numbers))
-        self.call(op, _all_gather, out, own)
+        self.all_gather(op, out, own)
         return out.view(self.size, -1).tolist()
 
 
@@ -89,7 +93,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, own: Tensor, op: str, ranks: Ranks, sources: Sources) -> Tensor:
         ctx.op, ctx.ranks, ctx.sources = op, ranks, sources
         out = own.new_empty(ranks.size * own.numel())
-        ranks.call(op, _all_gather, out, own)
+        ranks.all_gather(op, out, own)
         return out.view(ranks.size, -1)
 
     @staticmethod

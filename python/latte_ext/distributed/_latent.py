@@ -17,7 +17,7 @@ from ..functional import latent_attention as of_whole_sequences
 from ..reference import StateTensors
 from ..state import LatentState
 from ._exchange import Ranks
-from ._layout import make_layout, one_sequence
+from ._layout import Part, make_layout, one_sequence
 from ._states import border_states, incoming
 
 _OP = "latent_attention"
@@ -60,37 +60,38 @@ def latent_attention(
     # Read twice, by the state and by the scan, whose gradients are summed before they are rounded.
     k, v = k.to(compute_dtype(k, v)), v.to(compute_dtype(k, v))
 
-    def attend(piece: slice, **options: Any) -> Tensor:
-        mask = None if key_mask is None else key_mask[:, piece]
+    def attend(part: Part, **options: Any) -> Tensor:
+        piece = part.tokens
         y: Tensor = of_whole_sequences(
             q[:, :, piece], k[:, :, piece], v[:, :, piece], causal=causal, scale=scale,
-            key_mask=mask, backend=backend, **options,
+            key_mask=None if key_mask is None else key_mask[:, piece],
+            cu_seqlens=None if part.borders is None else part.borders.to(k.device),
+            backend=backend, **options,
         )  # fmt: skip
         return y
 
     final: StateTensors | None
+    packed = cu_seqlens is not None
     if causal:
-        start = initial if cu_seqlens is None else select(initial, sharing.sequences[:1])
+        head, *rest = sharing.parts(first=True, last=False)
+        start = select(initial, head.sequences) if packed else initial
         before, final = incoming(
             _OP, ranks, sharing, k, v, start, scale=scale, key_mask=key_mask, total=return_state
         )
-        rows = [attend(sharing.pieces[0], state=LatentState(*before))]
-        inner, cuts = sharing.inner()
-        if len(cuts) > 1:
-            own = LatentState(*select(initial, sharing.sequences[1:]))
-            rows.append(attend(inner, cu_seqlens=k.new_tensor(cuts, dtype=torch.int64), state=own))
+        rows = [attend(head, state=LatentState(*before))]
+        rows += [attend(part, state=LatentState(*select(initial, part.sequences))) for part in rest]
     else:
         states = border_states(
-            _OP, ranks, sharing, k, v, scale=scale, key_mask=key_mask, packed=cu_seqlens is not None
+            _OP, ranks, sharing, k, v, scale=scale, key_mask=key_mask, packed=packed
         )
-        rows = [
-            reference.read(q[:, :, piece], state[2], scale=scale)
-            for piece, state in zip((sharing.pieces[0], sharing.pieces[-1]), states, strict=False)
-        ]
-        inner, cuts = sharing.inner(-1)
-        if len(cuts) > 1:
-            rows.insert(1, attend(inner, cu_seqlens=k.new_tensor(cuts, dtype=torch.int64)))
         final = states[0]
+        rows = []
+        for part in sharing.parts(first=True, last=True):
+            if part.first or part.last:
+                mean = states[0 if part.first else -1][2]
+                rows.append(reference.read(q[:, :, part.tokens], mean, scale=scale))
+            else:
+                rows.append(attend(part))
     y = torch.cat(rows, dim=2).to(dtype)
     if not return_state:
         return y

@@ -7,7 +7,7 @@ import dataclasses
 from bisect import bisect_right
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,20 @@ class Segment(NamedTuple):
     sequence: int
     begin: int
     end: int
+
+
+class Part(NamedTuple):
+    """Tokens of this rank for one call: of one sequence, or packed with `borders` between several.
+
+    sequences: their numbers, none on a rank without tokens.
+    first, last: whether the rank's first (last) token is among them.
+    """
+
+    tokens: slice
+    borders: Tensor | None
+    sequences: Sequence[int]
+    first: bool
+    last: bool
 
 
 class Sharing(NamedTuple):
@@ -41,12 +55,22 @@ class Sharing(NamedTuple):
     behind: Sequence[range]
     several: Sequence[bool]
 
-    def inner(self, last: int | None = None) -> tuple[slice, list[int]]:
-        """The tokens of pieces[1:last], and the borders between these pieces."""
-        pieces = self.pieces[1:last]
-        start = self.pieces[0].stop
-        borders = [0, *(piece.stop - start for piece in pieces)]
-        return slice(start, start + borders[-1]), borders
+    def parts(self, *, first: bool, last: bool) -> list[Part]:
+        """This rank's tokens in as few parts as leave the first (last) piece alone."""
+        count = len(self.pieces)
+        cuts = sorted({0, count} | ({1} if first else set()) | ({count - 1} if last else set()))
+        return [self._part(i, j) for i, j in pairwise(cuts)]
+
+    def _part(self, i: int, j: int) -> Part:
+        start = self.pieces[i].start
+        borders = [0, *(piece.stop - start for piece in self.pieces[i:j])]
+        return Part(
+            slice(start, start + borders[-1]),
+            None if j == i + 1 else torch.tensor(borders),
+            self.sequences[i:j],
+            i == 0,
+            j == len(self.pieces),
+        )
 
 
 def one_sequence(ranks: Ranks, tokens: int) -> Sharing:
@@ -79,9 +103,7 @@ class Layout:
     @cached_property
     def segments(self) -> list[list[Segment]]:
         """Of every rank: what it holds of each sequence, without empty pieces."""
-        return [
-            self._cut(first, end) for first, end in zip(self.firsts, self.firsts[1:], strict=False)
-        ]
+        return [self._cut(first, end) for first, end in pairwise(self.firsts)]
 
     @property
     def own(self) -> list[Segment]:
@@ -121,6 +143,17 @@ class Layout:
             else range(0)
             for rank, own in enumerate(self.segments)
         ]
+
+    def around(self, rank: int, left: int, right: int) -> tuple[int, int]:
+        """The tokens that a rank needs: its own, and up to `left` before and `right` behind them
+        of the same sequences."""
+        own = self.segments[rank]
+        if not own:
+            return self.firsts[rank], self.firsts[rank]
+        return (
+            max(self.borders[own[0].sequence], own[0].begin - left),
+            min(self.borders[own[-1].sequence + 1], own[-1].end + right),
+        )
 
     def _holder(self, token: int) -> int:
         """The rank of a token."""
@@ -165,6 +198,16 @@ def make_layout(
             f"tokens of each of {ranks.size} ranks"
         )
     return _layout(ranks.rank, lengths, _borders(op, sum(lengths), cu_seqlens))
+
+
+def refuse_states(op: str, **given: object) -> None:
+    """Raises ValueError for what a sharded operator does not take."""
+    for name, value in given.items():
+        if value is not None and value is not False:
+            raise ValueError(
+                f"[{op}] got {name} on sharded sequences, expected none: every rank would need the "
+                "tokens of others"
+            )
 
 
 # The layers of a model ask for the same one.

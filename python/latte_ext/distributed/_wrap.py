@@ -10,12 +10,23 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
-from .. import functional
+import latte_ext
+
 from .._sharding import region, region_lengths
+from ._convolution import short_conv
 from ._exchange import Ranks
 from ._latent import latent_attention
+from ._recurrence import linear_recurrence, rg_lru
+from ._window import macchiato_attention, sliding_window_attention
 
-_SHARDED: dict[Any, Callable[..., Any]] = {functional.latent_attention: latent_attention}
+_SHARDED: dict[Callable[..., Any], Callable[..., Any]] = {
+    latte_ext.latent_attention: latent_attention,
+    latte_ext.linear_recurrence: linear_recurrence,
+    latte_ext.macchiato_attention: macchiato_attention,
+    latte_ext.rg_lru: rg_lru,
+    latte_ext.short_conv: short_conv,
+    latte_ext.sliding_window_attention: sliding_window_attention,
+}
 
 
 def context_parallel(
