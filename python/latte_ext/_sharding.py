@@ -13,34 +13,41 @@ from collections.abc import Iterator
 from torch import Tensor
 
 # By thread, the tokens of every rank in the sharded region that the thread is in.
-_REGIONS: dict[int, tuple[int, ...] | None] = {}
+_REGIONS: dict[int, tuple[int, ...]] = {}
 
 
 @contextlib.contextmanager
-def region(lengths: tuple[int, ...] | None) -> Iterator[None]:
+def sharded(lengths: tuple[int, ...]) -> Iterator[None]:
     """Within, `check_whole` raises in this thread: sequences are sharded over ranks.
 
     Args:
-        lengths: tokens of every rank, which `region_lengths` gives within; None ends a region.
+        lengths: tokens of every rank, or () where they are not known.
     """
-    thread = threading.get_ident()
-    outer = _REGIONS.get(thread)
-    _enter(thread, lengths)
-    try:
+    with _region(lengths):
         yield
-    finally:
-        _enter(thread, outer)
 
 
-def region_lengths() -> tuple[int, ...] | None:
-    """Tokens of every rank, if this thread is in a sharded region."""
-    return _REGIONS.get(threading.get_ident()) if _REGIONS else None
+@contextlib.contextmanager
+def whole() -> Iterator[None]:
+    """Within, `check_whole` does not raise in this thread."""
+    with _region(None):
+        yield
+
+
+def known_lengths() -> tuple[int, ...] | None:
+    """Tokens of every rank, if this thread is in a sharded region that knows them."""
+    return _REGIONS.get(threading.get_ident()) or None
+
+
+def in_region() -> bool:
+    """Whether this thread is in a sharded region."""
+    # torch.compile guards on the empty dictionary and never traces what is behind it.
+    return bool(_REGIONS) and threading.get_ident() in _REGIONS
 
 
 def check_whole(op: str) -> None:
     """Raises RuntimeError in a sharded region, where the operator would see a part."""
-    # torch.compile guards on the empty dictionary and never traces what is behind it.
-    if _REGIONS and region_lengths() is not None:
+    if in_region():
         raise RuntimeError(
             f"[{op}] got a call within a context-parallel model, whose sequences are sharded over "
             f"ranks, expected latte_ext.distributed.context_parallel({op}, group)"
@@ -59,8 +66,15 @@ def check_plain(op: str, name: str, tensor: Tensor) -> None:
         )
 
 
-def _enter(thread: int, lengths: tuple[int, ...] | None) -> None:
-    if lengths is None:
-        _REGIONS.pop(thread, None)
-    else:
+@contextlib.contextmanager
+def _region(lengths: tuple[int, ...] | None) -> Iterator[None]:
+    thread = threading.get_ident()
+    outer = _REGIONS.pop(thread, None)
+    if lengths is not None:
         _REGIONS[thread] = lengths
+    try:
+        yield
+    finally:
+        _REGIONS.pop(thread, None)
+        if outer is not None:
+            _REGIONS[thread] = outer

@@ -19,7 +19,7 @@ from ._checks import (
     check_tensors,
     check_type,
 )
-from ._sharding import region_lengths
+from ._sharding import in_region
 from .state import LatentState
 
 
@@ -124,7 +124,7 @@ def latent_attention_step(
         ValueError: shapes or values; TypeError: dtypes; RuntimeError: devices, or an input that
         requires grad while grad mode is on.
     """
-    if isinstance(state, LatentState) and region_lengths() is None:
+    if isinstance(state, LatentState) and not in_region():
         y = _ops.latent_attention_step_direct(q, k, v, state.max, state.norm, state.mean, scale)
         if y is not None:
             return y

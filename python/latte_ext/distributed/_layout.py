@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._sharding import region_lengths
+from .._sharding import known_lengths
 from ._exchange import Ranks
 
 
@@ -184,7 +184,7 @@ def make_layout(
         ValueError: lengths or borders that do not fit.
     """
     if lengths is None:
-        lengths = region_lengths()
+        lengths = known_lengths()
     if lengths is None:
         gathered = ranks.gather_numbers(op, (tokens, x.shape[0]), x.device)
         lengths = [row[0] for row in gathered]

@@ -96,25 +96,32 @@ def rg_lru(
         )  # fmt: skip
 
     told = sharing.pieces[0 if reverse else -1]
-    real = x.new_ones(x.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
-    fresh = ~_started(op, ranks, sharing, real[:, told], reverse)
+    earlier = (sharing.behind if reverse else sharing.before)[ranks.rank]
+    if key_mask is None:
+        # The first of the earlier ranks holds the sequence's first token.
+        real, started = None, torch.tensor(bool(earlier), device=x.device).expand(x.shape[0])
+    else:
+        real = key_mask[:, told]
+        started = _any_real(op, ranks, earlier, real)
+    fresh = ~started
     # A piece that others do not begin starts its sequence.
     alone = sharing.several[ranks.rank]
     empty = x.new_zeros(x.shape[0], x.shape[2])
     _, change = scan(told, h0=empty, fresh=fresh | alone, return_state=True)
-    rate = torch.where(real[:, told, None], torch.sigmoid(gate_a[:, told]), 0).sum(1)
-    factor = torch.exp(-RG_LRU_POWER * F.softplus(log_lambda) * rate)
+    rate = torch.sigmoid(gate_a[:, told])
+    if real is not None:
+        rate = torch.where(real[..., None], rate, 0)
+    factor = torch.exp(-RG_LRU_POWER * F.softplus(log_lambda) * rate.sum(1))
     start = _incoming(op, ranks, sharing, factor, change, reverse)
     return _each_part(scan, sharing, reverse, x.device, h0=start, fresh=fresh).to(dtype)
 
 
-def _started(op: str, ranks: Ranks, sharing: Sharing, real: Tensor, reverse: bool) -> Tensor:
-    """Whether other ranks hold real tokens of this one's sequence before it (B,), `real` (B,T)
-    being those that it tells of. The square root of a sequence's first token is 1."""
+def _any_real(op: str, ranks: Ranks, earlier: range, real: Tensor) -> Tensor:
+    """Whether the earlier ranks told of real tokens (B,), where `real` (B,T) is what this one tells
+    of: the square root of a sequence's first real token is 1, whichever rank has it."""
     own = real.any(1).to(torch.uint8)
     flags = own.new_empty(ranks.size * own.shape[0])
     ranks.all_gather(op, flags, own)
-    earlier = (sharing.behind if reverse else sharing.before)[ranks.rank]
     return flags.view(ranks.size, -1)[earlier.start : earlier.stop].bool().any(0)
 
 

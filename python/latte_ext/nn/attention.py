@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import latent_attention, latent_attention_step
+from ..functional import latent_attention_step
 from ..state import LatentState
+from .operators import WHOLE, Operators
 
 # Standard deviation of a unit normal distribution cut off at two standard deviations.
 _TRUNCATED_STD = 0.87962566103423978
@@ -103,6 +104,8 @@ class LatentAttention(nn.Module):
         ValueError: sizes that are not positive or do not divide, rates outside [0, 1), a scale
             that is not positive.
     """
+
+    operators: Operators = WHOLE
 
     def __init__(
         self,
@@ -203,7 +206,7 @@ class LatentAttention(nn.Module):
         kept = None
         if self.training and self.latent_dropout > 0:
             q, kept = drop_latents(q, self.latent_dropout, self.scale)
-        y, final = latent_attention(
+        y = self.operators.latent_attention(
             q,
             k,
             v,
@@ -212,8 +215,10 @@ class LatentAttention(nn.Module):
             key_mask=key_mask,
             cu_seqlens=cu_seqlens,
             state=state,
-            return_state=True,
+            return_state=return_state,
         )
+        if return_state:
+            y, final = y
         if kept is not None:
             y = y * kept.to(y.dtype)
         y = self.out_proj(y.transpose(1, 2).flatten(2))

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..functional import latent_attention, latent_attention_step
-from ..macchiato import macchiato_attention, macchiato_attention_step
-from ..rotary import positions, rotate
+from ..functional import latent_attention_step
+from ..macchiato import macchiato_attention_step
+from ..rotary import rotate
 from ..state import LatentState
 from ..window_cache import MacchiatoState, WindowCache
 from .attention import check_input, check_rates, check_sizes, drop_latents, lecun_normal_
+from .operators import WHOLE, Operators
 
 _OP = "[MacchiatoAttention]"
 
@@ -52,6 +53,8 @@ class MacchiatoAttention(nn.Module):
         ValueError: sizes that are not positive or do not divide, neither window nor latents, an
             odd D with a rotation, rates outside [0, 1).
     """
+
+    operators: Operators = WHOLE
 
     def __init__(
         self,
@@ -181,9 +184,7 @@ class MacchiatoAttention(nn.Module):
         kept = None
         if self.training and self.latent_dropout > 0 and self.num_latents:
             q_latent, kept = drop_latents(q_latent, self.latent_dropout, 1.0)
-        y, after = self._attend(
-            q_latent, k_latent, x, v, key_mask, cu_seqlens, state, return_state or self.window == 0
-        )
+        y, after = self._attend(q_latent, k_latent, x, v, key_mask, cu_seqlens, state, return_state)
         if kept is not None:
             y = y * kept.to(y.dtype)
         y = self.out_proj(y.transpose(1, 2).flatten(2))
@@ -243,7 +244,7 @@ class MacchiatoAttention(nn.Module):
     ) -> tuple[Tensor, MacchiatoState | None]:
         if self.window == 0:
             k_latent, v = self._spread(k_latent, v)
-            y, latent = latent_attention(
+            y = self.operators.latent_attention(
                 q_latent,
                 k_latent,
                 v,
@@ -251,13 +252,13 @@ class MacchiatoAttention(nn.Module):
                 key_mask=key_mask,
                 cu_seqlens=cu_seqlens,
                 state=None if state is None else state.latent,
-                return_state=True,
+                return_state=return_state,
             )
-            return y, MacchiatoState(latent, None)
+            return (y[0], MacchiatoState(y[1], None)) if return_state else (y, None)
         offset = 0 if state is None or state.window is None else state.window.position
         q, k = self._window_rows(x, offset, cu_seqlens)
         attend = partial(
-            macchiato_attention,
+            self.operators.macchiato_attention,
             q_latent,
             k_latent,
             q,
@@ -270,7 +271,7 @@ class MacchiatoAttention(nn.Module):
             state=state,
         )
         if return_state:
-            return attend(return_state=True)  # type: ignore[return-value]
+            return attend(return_state=True)  # type: ignore[no-any-return]
         return attend(), None
 
     def _latent_logits(self, x_qk: Tensor) -> tuple[Tensor, Tensor]:
@@ -290,7 +291,9 @@ class MacchiatoAttention(nn.Module):
         q, k = _heads(self.q_proj(x), self.num_heads), _heads(self.k_proj(x), self.kv_heads)
         if self.rotary_base is None:
             return q, k
-        position = positions(x.shape[1], offset=offset, cu_seqlens=cu_seqlens, device=x.device)
+        position = self.operators.positions(
+            x.shape[1], offset=offset, cu_seqlens=cu_seqlens, device=x.device
+        )
         rotated = rotate(torch.cat([q, k], dim=1), position, base=self.rotary_base)
         return rotated[:, : self.num_heads], rotated[:, self.num_heads :]
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from .attention import lecun_normal_
 from .block import LatteBlock, LayerCache, norm
 from .config import LatteConfig
+from .operators import WHOLE, Operators
 
 # Longest wavelength of the sinusoidal positions over 2 pi (arXiv 1706.03762, section 3.5).
 POSITION_PERIOD = 10_000.0
@@ -229,6 +230,8 @@ class LatteEncoder(nn.Module):
         ValueError: an odd embed_dim; and as `LatteBlock`.
     """
 
+    operators: Operators = WHOLE
+
     def __init__(
         self,
         config: LatteConfig,
@@ -258,12 +261,14 @@ class LatteEncoder(nn.Module):
         """
         mask = torch.ones_like(tokens, dtype=torch.bool) if key_mask is None else key_mask
         x = self.embedding(tokens)
-        x = x + sinusoidal_positions(mask.cumsum(1) - 1, x.shape[-1]).to(x.dtype)
+        before = self.operators.sum_before(mask.sum(1, keepdim=True))
+        x = x + sinusoidal_positions(mask.cumsum(1) - 1 + before, x.shape[-1]).to(x.dtype)
         x = F.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:
             x = block(x, key_mask=key_mask)
         weight = mask.unsqueeze(2).to(x.dtype)
-        pooled = (self.norm(x) * weight).sum(1) / weight.sum(1).clamp(min=1)
+        total = self.operators.sum_of_parts
+        pooled = total((self.norm(x) * weight).sum(1)) / total(weight.sum(1)).clamp(min=1)
         logits: Tensor = self.head(pooled)
         return logits
 

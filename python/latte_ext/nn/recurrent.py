@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..convolution import short_conv, short_conv_step
-from ..recurrence import rg_lru, rg_lru_step
+from ..convolution import short_conv_step
+from ..recurrence import rg_lru_step
+from .operators import WHOLE, Operators
 
 # log a = -8 r softplus(log_lambda), see `latte_ext.rg_lru`.
 _POWER = 8
@@ -58,6 +59,8 @@ class RGLRU(nn.Module):
     Raises:
         ValueError: sizes that are not positive or do not divide, decays outside of (0, 1).
     """
+
+    operators: Operators = WHOLE
 
     def __init__(
         self,
@@ -142,18 +145,20 @@ class RGLRU(nn.Module):
             raise ValueError("[RGLRU] got a state with causal=False, expected causal=True")
         h0, fresh = (None, None) if state is None else state
         gate_a, gate_x = self._gates(x, 0)
-        y, final = rg_lru(
+        y = self.operators.rg_lru(
             x, gate_a, gate_x, self.log_lambda[0], h0=h0, fresh=fresh, key_mask=key_mask,
-            cu_seqlens=cu_seqlens, return_state=True,
+            cu_seqlens=cu_seqlens, return_state=return_state,
         )  # fmt: skip
+        if return_state:
+            y, final = y
         if not self.causal:
             gate_a, gate_x = self._gates(x, 1)
-            y = y + rg_lru(
+            y = y + self.operators.rg_lru(
                 x, gate_a, gate_x, self.log_lambda[1], key_mask=key_mask, cu_seqlens=cu_seqlens,
                 reverse=True,
             )  # fmt: skip
         if not return_state:
-            return y
+            return y  # type: ignore[no-any-return]
         started = self._any_token(x, key_mask, cu_seqlens)
         return y, RecurrentState(final, ~started if fresh is None else fresh & ~started)
 
@@ -213,6 +218,8 @@ class ShortConv(nn.Module):
     Raises:
         ValueError: sizes out of range.
     """
+
+    operators: Operators = WHOLE
 
     def __init__(
         self,
@@ -282,10 +289,10 @@ class ShortConv(nn.Module):
             )
         if key_mask is not None:
             x = torch.where(key_mask.unsqueeze(2), x, 0)
-        result = short_conv(
+        result = self.operators.short_conv(
             x, self.weight, self.bias, causal=self.causal, state=state, cu_seqlens=cu_seqlens,
             return_state=return_state,
-        )  # type: ignore[call-overload]  # fmt: skip
+        )  # fmt: skip
         if not return_state or key_mask is None:
             return result  # type: ignore[no-any-return]
         before = self.empty_state(x.shape[0], dtype=x.dtype) if state is None else state
