@@ -131,7 +131,7 @@ def test_states(pool: Pool, lengths: tuple[int, ...]) -> None:
             r"\[latent_attention\] got return_state with cu_seqlens",
         ),
         ({"batch": 1}, r"\[latent_attention\] ranks have batches of \[1, 2\]"),
-        ({"op": len}, r"\[context_parallel\] target is <built-in function len>, expected one of"),
+        ({"op": len}, r"\[context_parallel\] target is <built-in function len>, expected a module"),
         ({"group": 3}, r"\[context_parallel\] group is a int, expected a ProcessGroup"),
     ],
 )
