@@ -9,16 +9,15 @@ import torch
 from torch import Tensor
 
 from . import _core
+from ._autograd import differentiable, in_place, once_differentiable
+from ._batching import ATTENTION
 from ._checks import check_rank
 from ._ops import empty_state
 from ._register import (
     count_sequences,
-    differentiable,
-    in_place,
     like,
     like_or_nothing,
     mark_updated,
-    once_differentiable,
     register,
 )
 from ._window_ops import given, or_none, sink_gradients, step_output, window_outputs
@@ -234,7 +233,7 @@ macchiato_attention = register(
     "Tensor? sink_position, Tensor? start, int window, int past, bool causal, float scale, "
     "float softcap, float latent_scale, bool save) -> (Tensor y, Tensor total, Tensor log_sum, "
     "Tensor wide, Tensor max, Tensor norm, Tensor mean)",
-    _forward_cpu, _forward_fake, differentiable(_save, _gradients),
+    _forward_cpu, _forward_fake, differentiable(_save, _gradients), ATTENTION,
 )  # fmt: skip
 _backward = register(
     "macchiato_attention_backward(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, "
@@ -245,7 +244,7 @@ _backward = register(
     "float softcap, float latent_scale) -> (Tensor dq_latent, Tensor dk_latent, Tensor dv_latent, "
     "Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean, Tensor dq_sink, "
     "Tensor dk_sink, Tensor dv_sink)",
-    _backward_cpu, _backward_fake, once_differentiable,
+    _backward_cpu, _backward_fake, once_differentiable, ATTENTION,
 )  # fmt: skip
 macchiato_attention_step = register(
     "macchiato_attention_step(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, "
@@ -253,5 +252,5 @@ macchiato_attention_step = register(
     "Tensor(e!) value, Tensor(f!) valid, Tensor(g!) position, Tensor? q_sink, Tensor? k_sink, "
     "Tensor? v_sink, Tensor? sink_position, float scale, float softcap, "
     "float latent_scale) -> Tensor y",
-    _step_cpu, _step_fake, in_place("cache"),
+    _step_cpu, _step_fake, in_place("cache"), ATTENTION,
 )  # fmt: skip

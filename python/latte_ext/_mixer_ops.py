@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from . import _core
+from . import _mixer_compositions as compositions
+from ._autograd import composed, differentiable, in_place, linearised
+from ._batching import CHANNELS, RECURRENCE
 from ._checks import check_cu_seqlens, check_rank, check_shape
 from ._register import (
     compute_dtype,
     count_sequences,
-    differentiable,
-    in_place,
     like,
     like_or_nothing,
     mark_updated,
-    once_differentiable,
     register,
 )
 
@@ -92,15 +92,21 @@ def _linear_gradients(ctx: Any, dh: Tensor, d_final: Tensor) -> Any:
     return da, db, None, None if saved[4] is None else d_h0, None
 
 
+def _linear_tangents(*args: Any) -> Any:
+    return linearised(linear_recurrence, compositions.linear_recurrence_tangents)(*args)
+
+
 linear_recurrence = register(
     "linear_recurrence(Tensor a, Tensor b, Tensor? cu_seqlens, Tensor? h0, bool reverse)"
     " -> (Tensor h, Tensor final)",
-    _linear_cpu, _linear_fake, differentiable(_linear_save, _linear_gradients),
+    _linear_cpu, _linear_fake,
+    differentiable(_linear_save, _linear_gradients, _linear_tangents), RECURRENCE,
 )  # fmt: skip
 _linear_backward = register(
     "linear_recurrence_backward(Tensor a, Tensor? b, Tensor? h, Tensor? cu_seqlens, Tensor? h0, "
     "Tensor dh, Tensor d_final, bool reverse) -> (Tensor da, Tensor db, Tensor d_h0)",
-    _linear_backward_cpu, _linear_backward_fake, once_differentiable,
+    _linear_backward_cpu, _linear_backward_fake, composed(compositions.linear_recurrence_backward),
+    RECURRENCE,
 )  # fmt: skip
 
 
@@ -232,19 +238,21 @@ def _as_step(op: str, function: Callable[..., None], *args: Any) -> None:
 rg_lru = register(
     "rg_lru(Tensor x, Tensor gate_a, Tensor gate_x, Tensor log_lambda, Tensor? key_mask, "
     "Tensor? cu_seqlens, Tensor? h0, Tensor? fresh, bool reverse) -> (Tensor y, Tensor final)",
-    _gated_cpu, _gated_fake, differentiable(_gated_save, _gated_gradients),
+    _gated_cpu, _gated_fake,
+    differentiable(_gated_save, _gated_gradients, compositions.rg_lru), CHANNELS,
 )  # fmt: skip
 _gated_backward = register(
     "rg_lru_backward(Tensor x, Tensor gate_a, Tensor gate_x, Tensor log_lambda, Tensor? key_mask, "
     "Tensor? cu_seqlens, Tensor? h0, Tensor? fresh, Tensor? y, Tensor dy, Tensor d_final, "
     "bool reverse)"
     " -> (Tensor dx, Tensor d_gate_a, Tensor d_gate_x, Tensor d_log_lambda, Tensor d_h0)",
-    _gated_backward_cpu, _gated_backward_fake, once_differentiable,
+    _gated_backward_cpu, _gated_backward_fake,
+    composed(compositions.rg_lru_backward, tangents=False), CHANNELS,
 )  # fmt: skip
 rg_lru_step = register(
     "rg_lru_step(Tensor x, Tensor gate_a, Tensor gate_x, Tensor log_lambda, Tensor(a!) state, "
     "Tensor? fresh) -> Tensor y",
-    _gated_step_cpu, _gated_step_fake, in_place("state"),
+    _gated_step_cpu, _gated_step_fake, in_place("state"), CHANNELS,
 )  # fmt: skip
 
 
@@ -344,15 +352,16 @@ def _conv_step_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor
 short_conv = register(
     "short_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? cu_seqlens, Tensor? state, "
     "bool causal) -> (Tensor y, Tensor final)",
-    _conv_cpu, _conv_fake, differentiable(_conv_save, _conv_gradients),
+    _conv_cpu, _conv_fake,
+    differentiable(_conv_save, _conv_gradients, compositions.short_conv), CHANNELS,
 )  # fmt: skip
 _conv_backward = register(
     "short_conv_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? cu_seqlens, "
     "Tensor? state, Tensor dy, Tensor d_final, bool causal)"
     " -> (Tensor dx, Tensor d_weight, Tensor d_bias, Tensor d_state)",
-    _conv_backward_cpu, _conv_backward_fake, once_differentiable,
+    _conv_backward_cpu, _conv_backward_fake, composed(compositions.short_conv_backward), CHANNELS,
 )  # fmt: skip
 short_conv_step = register(
     "short_conv_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state) -> Tensor y",
-    _conv_step_cpu, _conv_step_fake, in_place("state"),
+    _conv_step_cpu, _conv_step_fake, in_place("state"), CHANNELS,
 )  # fmt: skip

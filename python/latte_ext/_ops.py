@@ -8,17 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core
+from . import _compositions, _core
+from ._autograd import composed, differentiable, in_place
+from ._batching import ATTENTION
 from ._checks import check_cu_seqlens, check_rank
 from ._register import (
     compute_dtype,
     count_sequences,
-    differentiable,
-    in_place,
     like,
     like_or_nothing,
     mark_updated,
-    once_differentiable,
     register,
 )
 
@@ -137,19 +136,20 @@ latent_attention = register(
     "latent_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens, "
     "Tensor? max, Tensor? norm, Tensor? mean, bool causal, float scale)"
     " -> (Tensor y, Tensor max, Tensor norm, Tensor mean)",
-    _forward_cpu, _forward_fake, differentiable(_save, _gradients),
+    _forward_cpu, _forward_fake,
+    differentiable(_save, _gradients, _compositions.latent_attention), ATTENTION,
 )  # fmt: skip
 _backward = register(
     "latent_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, "
     "Tensor? cu_seqlens, Tensor? max, Tensor? norm, Tensor? mean, Tensor dy, Tensor d_final_norm, "
     "Tensor d_final_mean, bool causal, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean)",
-    _backward_cpu, _backward_fake, once_differentiable,
+    _backward_cpu, _backward_fake, composed(_compositions.latent_attention_backward), ATTENTION,
 )  # fmt: skip
 latent_attention_step = register(
     "latent_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) max, Tensor(b!) norm, "
     "Tensor(c!) mean, float scale) -> Tensor y",
-    _step_cpu, _step_fake, in_place("state"),
+    _step_cpu, _step_fake, in_place("state"), ATTENTION,
 )  # fmt: skip
 
 

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 RG_LRU_POWER = 8.0
 MAX_SQRT_GRADIENT = 1000.0
 
+Scan = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
 
 def linear_recurrence(
     a: Tensor,
@@ -42,7 +44,7 @@ def linear_recurrence(
         h (B,T,C) in the dtype of b, and the last h of each sequence (N,C).
     """
     dtype = _compute_dtype(a, b, h0)
-    h, final = _each_sequence(
+    h, final = each_sequence(
         _scan,
         (a.to(dtype), b.to(dtype)),
         (_initial(b, dtype, h0, cu_seqlens),),
@@ -63,6 +65,7 @@ def rg_lru(
     key_mask: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     reverse: bool = False,
+    scan: Scan | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The real-gated linear recurrent unit of Griffin (arXiv 2402.19427, section 2.4)::
 
@@ -80,6 +83,8 @@ def rg_lru(
         key_mask: (B,T) bool, false = the token is absent and h stays as it is.
         cu_seqlens: (N+1,) integer borders of N sequences packed along T, with B == 1.
         reverse: from the last token to the first.
+        scan: computes (h, last h) of h[t] = a[t] h[t-1] + b[t] from (a, b, h0); None: token by
+            token.
 
     Returns:
         h (B,T,C) in the dtype of x, and the last h of each sequence (N,C).
@@ -91,7 +96,7 @@ def rg_lru(
     mask = x.new_ones(x.shape[:2], dtype=torch.bool) if key_mask is None else key_mask
     decay = RG_LRU_POWER * F.softplus(log_lambda.to(dtype))
 
-    def scan(
+    def gated(
         x: Tensor, gate_a: Tensor, gate_x: Tensor, mask: Tensor, h0: Tensor, fresh: Tensor
     ) -> tuple[Tensor, Tensor]:
         log_a = -torch.sigmoid(gate_a) * decay
@@ -100,10 +105,11 @@ def rg_lru(
         multiplier = torch.where(first[..., None], 1, multiplier)
         b = multiplier * torch.sigmoid(gate_x) * x
         present = mask[..., None]
-        return _scan(torch.where(present, log_a.exp(), 1), torch.where(present, b, 0), h0)
+        a = torch.where(present, log_a.exp(), 1)
+        return (scan or _scan)(a, torch.where(present, b, 0), h0)
 
     inputs = (x.to(dtype), gate_a.to(dtype), gate_x.to(dtype), mask)
-    h, final = _each_sequence(scan, inputs, (carry, fresh), cu_seqlens, reverse)
+    h, final = each_sequence(gated, inputs, (carry, fresh), cu_seqlens, reverse)
     return h.to(x.dtype), final
 
 
@@ -146,7 +152,7 @@ def short_conv(
             y = y + row * padded[:, j : j + x.shape[1]]
         return y, torch.cat([tail, x], 1)[:, x.shape[1] :]
 
-    y, final = _each_sequence(convolve, (x.to(dtype),), (state.to(dtype),), cu_seqlens, False)
+    y, final = each_sequence(convolve, (x.to(dtype),), (state.to(dtype),), cu_seqlens, False)
     return y.to(x.dtype), final.to(x.dtype)
 
 
@@ -178,7 +184,7 @@ def _bounded_sqrt(x: Tensor) -> Tensor:
     return torch.where(steep, line, torch.where(steep, 1, x).sqrt())
 
 
-def _each_sequence(
+def each_sequence(
     function: Callable[..., tuple[Tensor, Tensor]],
     tokens: tuple[Tensor, ...],
     carried: tuple[Tensor, ...],

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from . import _core
+from ._autograd import differentiable, linearised
+from ._batching import ROTATION
 from ._checks import check_rank
-from ._register import differentiable, register
+from ._register import register
 
 
 def _fake(x: Tensor, *_: Any) -> Tensor:
@@ -45,8 +47,22 @@ def _gradients(ctx: Any, dy: Tensor) -> Any:
     return rotate(dy, *ctx.saved_tensors, *ctx.options, not ctx.inverse), *[None] * 6
 
 
+def _tangents(*args: Any) -> Any:
+    """Linear in x."""
+
+    def jvp(primals: Any, tangents: Any, outputs: Any) -> tuple[Tensor]:
+        if tangents[2] is not None:
+            raise RuntimeError(
+                "[rotate] got rates that carry a tangent, expected constants: use "
+                'backend="reference" for their derivative'
+            )
+        return (rotate(tangents[0], *primals[1:]),)
+
+    return linearised(rotate, jvp)(*args)
+
+
 rotate = register(
     "rotate(Tensor x, Tensor position, Tensor? rates, float base, SymInt? dim, bool interleaved, "
     "bool inverse) -> Tensor y",
-    _cpu, _fake, differentiable(_save, _gradients),
+    _cpu, _fake, differentiable(_save, _gradients, _tangents, constants=("rates",)), ROTATION,
 )  # fmt: skip

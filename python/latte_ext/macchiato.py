@@ -12,6 +12,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from . import _macchiato_ops, reference
+from ._autograd import is_differentiated
 from ._checks import (
     Backend,
     check_backend,
@@ -23,7 +24,7 @@ from ._checks import (
     check_tensors,
     check_type,
 )
-from ._register import compute_dtype, is_differentiated
+from ._register import compute_dtype
 from ._window_inputs import (
     check_cache,
     check_softcap,

@@ -68,7 +68,7 @@ def token_state(k: Tensor, values: Tensor) -> StateTensors:
     norm is 1, written so that the gradient of k flows through it; a -inf logit gives the empty
     state.
     """
-    norm = torch.exp(k - _finite(k.detach()))
+    norm = torch.exp(k - finite(k.detach()))
     mean = torch.where(norm.unsqueeze(-1) == 0, 0, values)
     return k.detach(), norm, mean
 
@@ -82,8 +82,8 @@ def merge(a: StateTensors, b: StateTensors) -> StateTensors:
     a_max, a_norm, a_mean = a[0].detach(), a[1], a[2]
     b_max, b_norm, b_mean = b[0].detach(), b[1], b[2]
     max_ = torch.maximum(a_max, b_max)
-    a_weight = a_norm * torch.exp(a_max - _finite(max_))
-    b_weight = b_norm * torch.exp(b_max - _finite(max_))
+    a_weight = a_norm * torch.exp(a_max - finite(max_))
+    b_weight = b_norm * torch.exp(b_max - finite(max_))
     norm = a_weight + b_weight
     empty = norm == 0
     b_share = (b_weight / torch.where(empty, 1, norm)).unsqueeze(-1)
@@ -148,8 +148,8 @@ def latent_attention(
     """
     if state is not None and not causal:
         raise ValueError("[latent_attention] got state with causal=False, expected causal=True")
-    with _autocast_disabled(q.device):
-        p, k, values = _prepare(q, k, v, scale, key_mask)
+    with autocast_disabled(q.device):
+        p, k, values = prepare(q, k, v, scale, key_mask)
         carry = _initial_state(k, values, cu_seqlens)
         if state is not None:
             carry = merge(carry, state)
@@ -197,8 +197,8 @@ def latent_attention_quadratic(
     Builds p(s|l,t) for all pairs of tokens, O(T^2 L) memory, and never merges states. An initial
     state is position 0 of every sequence, with logits max + log(norm) and one value per latent.
     """
-    with _autocast_disabled(q.device):
-        p, k, values = _prepare(q, k, v, scale, key_mask)
+    with autocast_disabled(q.device):
+        p, k, values = prepare(q, k, v, scale, key_mask)
         tokens = k.shape[2]
         packed = cu_seqlens is not None
         offsets = torch.tensor([0, tokens]) if cu_seqlens is None else cu_seqlens
@@ -223,7 +223,7 @@ def latent_attention_quadratic(
         logits = torch.where(visible[..., None], k.unsqueeze(2), -torch.inf)
         max_ = torch.cat([max0.unsqueeze(3), logits], dim=3).amax(dim=3).detach()
         logits = torch.cat([lse0.unsqueeze(3), logits], dim=3)
-        norm = torch.exp(logits - _finite(max_).unsqueeze(3)).sum(dim=3)
+        norm = torch.exp(logits - finite(max_).unsqueeze(3)).sum(dim=3)
         p_position = softmax(logits, dim=3)
         mean = torch.einsum("bhrsl,bhsd->bhrld", p_position[:, :, :, 1:], values)
         mean = mean + p_position[:, :, :, 0, :, None] * mean0
@@ -275,7 +275,7 @@ def sliding_window_attention(
     Returns:
         y (B,H,T,D) in the dtype of v.
     """
-    with _autocast_disabled(q.device):
+    with autocast_disabled(q.device):
         dtype = reduce(torch.promote_types, (q.dtype, k.dtype, v.dtype, torch.float32))
         scale = q.shape[3] ** -0.5 if scale is None else scale
         queries, keys, values = q.to(dtype) * scale, k.to(dtype), v.to(dtype)
@@ -366,10 +366,10 @@ def macchiato_attention(
     """
     if state is not None and not causal:
         raise ValueError("[macchiato_attention] got state with causal=False, expected causal=True")
-    with _autocast_disabled(q.device):
+    with autocast_disabled(q.device):
         v_latent = v if v_latent is None else v_latent
         heads = math.lcm(k_latent.shape[1], v.shape[1])
-        p, keys, values = _prepare(
+        p, keys, values = prepare(
             q_latent if window else q_latent[..., 1:],
             k_latent.repeat_interleave(heads // k_latent.shape[1], dim=1),
             v_latent.repeat_interleave(heads // v.shape[1], dim=1),
@@ -443,7 +443,7 @@ def _capped(logits: Tensor, softcap: float | None) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def _prepare(
+def prepare(
     q: Tensor, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """p(l|t) (B,H,T,L), and k and v scaled and masked, in the dtype of the arithmetic."""
@@ -468,7 +468,7 @@ def _attend(
 ) -> tuple[Tensor, StateTensors]:
     """Outputs and final state of B sequences, from p(l|t), prepared k and v, and a state."""
     if not causal:
-        carry = merge(carry, _summary(k, v))
+        carry = merge(carry, summary(k, v))
         return _read(p, carry[2]), carry
     rows = [v.new_empty(p.shape[0], p.shape[1], 0, v.shape[3])]
     # unbind, because T slices would each have a gradient of the size of their T tokens.
@@ -494,12 +494,12 @@ def _attend_packed(
     return torch.cat(rows, dim=2), (max_, norm, mean)
 
 
-def _summary(k: Tensor, v: Tensor) -> StateTensors:
+def summary(k: Tensor, v: Tensor) -> StateTensors:
     """The state of all T >= 0 tokens of k (B,Hk,T,L) and v (B,Hk,T,D)."""
     keys = k.detach()
     # Without tokens nothing but the formulas below ties the state to k and v, for gradients.
     max_ = keys.amax(dim=2) if k.shape[2] else keys.sum(dim=2) - torch.inf
-    weight = torch.exp(k - _finite(max_).unsqueeze(2))
+    weight = torch.exp(k - finite(max_).unsqueeze(2))
     norm = weight.sum(dim=2)
     share = weight / torch.where(norm == 0, 1, norm).unsqueeze(2)
     return max_, norm, share.transpose(2, 3) @ v
@@ -519,12 +519,12 @@ def softmax(logits: Tensor, dim: int) -> Tensor:
     return torch.where(empty, 0, torch.softmax(torch.where(empty, 0, logits), dim=dim))
 
 
-def _finite(max_: Tensor) -> Tensor:
+def finite(max_: Tensor) -> Tensor:
     """max_ with -inf as 0, so that -inf - max_ is -inf rather than NaN where nothing was seen."""
     return torch.where(max_ == -torch.inf, 0, max_)
 
 
-def _autocast_disabled(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def autocast_disabled(device: torch.device) -> contextlib.AbstractContextManager[object]:
     if not torch.amp.is_autocast_available(device.type):
         return contextlib.nullcontext()
     return torch.autocast(device.type, enabled=False)

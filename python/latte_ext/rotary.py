@@ -18,7 +18,6 @@ from ._checks import (
     check_tensors,
     check_type,
 )
-from ._register import is_differentiated
 
 
 def positions(
@@ -99,11 +98,6 @@ def rotate(
         check_by_core(lambda _: _core.rotate_check(x, position, rates, base, whole), None)
         return reference.rotate(
             x, position, base=base, rates=rates, dim=dim, interleaved=interleaved, inverse=inverse
-        )
-    if is_differentiated(rates):
-        raise RuntimeError(
-            f"[{op}] got rates that require grad, expected constants: use backend='reference' for "
-            "their gradient"
         )
     return _rotary_ops.rotate(  # type: ignore[no-any-return]
         x, position, rates, base, dim, interleaved, inverse

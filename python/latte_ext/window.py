@@ -8,8 +8,8 @@ from typing import Literal, overload
 from torch import Tensor
 
 from . import _window_ops, reference
+from ._autograd import is_differentiated
 from ._checks import Backend, check_backend, check_tensors
-from ._register import is_differentiated
 from ._window_inputs import (
     Seen,
     check_cache,

@@ -14,7 +14,6 @@ from helpers import compute_dtype
 from latte_ext import linear_recurrence, rg_lru, rg_lru_step, short_conv, short_conv_step
 from mixer_helpers import OPS, Call, assert_identical, assert_same, library, make_call, solve
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 OPERATORS = torch.ops.latte_ext
@@ -210,37 +209,6 @@ def test_autocast(op: str) -> None:
             return library(*args)
 
     assert_identical(solve(call, inside), solve(call))
-
-
-@OP
-def test_transforms_raise_or_run_on_the_reference(op: str) -> None:
-    call = make_call(op, 3, 2)
-    names = list(call.inputs)
-
-    def loss(first: Tensor, backend: str | None) -> Tensor:
-        inputs = call.inputs | {names[0]: first}
-        return library(call, inputs, backend)[0].sin().sum()  # type: ignore[no-any-return]
-
-    with pytest.raises(RuntimeError, match=rf"\[{op}\] .*torch.func.*expected"):
-        torch.func.grad(lambda x: loss(x, None))(call.inputs[names[0]])
-    got = torch.func.grad(lambda x: loss(x, "reference"))(call.inputs[names[0]])
-    leaf = call.inputs[names[0]].clone().requires_grad_()
-    torch.testing.assert_close(got, torch.autograd.grad(loss(leaf, None), leaf)[0])
-
-
-@OP
-def test_forward_mode_and_double_backward_raise(op: str) -> None:
-    call = make_call(op, 3, 2, state=True)
-    for name, x in call.inputs.items():
-        with forward_ad.dual_level():
-            inputs = call.inputs | {name: forward_ad.make_dual(x, torch.ones_like(x))}
-            with pytest.raises(RuntimeError, match=rf"\[{op}\] .*forward.*expected"):
-                library(call, inputs)
-    leaves = {name: x.requires_grad_() for name, x in call.inputs.items()}
-    y = library(call, leaves)[0]
-    (d,) = torch.autograd.grad(y.sin().sum(), next(iter(leaves.values())), create_graph=True)
-    with pytest.raises(RuntimeError, match=rf"\[{op}_backward\] .*second.*expected"):
-        d.sum().backward()
 
 
 def test_steps_refuse_gradients() -> None:

@@ -263,19 +263,23 @@ def test_autocast_and_meta(dtype: torch.dtype) -> None:
     assert (meta.shape, meta.dtype, meta.device.type) == (x.shape, dtype, "meta")
 
 
-def test_transforms_raise_or_run_on_the_reference() -> None:
+def test_transforms() -> None:
+    """Linear in x: forward mode and second derivatives by the operator itself."""
     x, position = torch.randn(B, H, T, D), positions(T)
-    with pytest.raises(RuntimeError, match=r"\[rotate\] .*torch.func.*expected"):
-        torch.func.grad(lambda x: rotate(x, position).sum())(x)
-    with (
-        forward_ad.dual_level(),
-        pytest.raises(RuntimeError, match=r"\[rotate\] .*forward.*expected"),
+
+    def loss(x: Tensor, backend: str | None = None) -> Tensor:
+        return rotate(x, position, backend=backend).sin().sum()  # type: ignore[arg-type]
+
+    with forward_ad.dual_level():
+        dual = rotate(forward_ad.make_dual(x, x.cos()), position)
+        tangent = forward_ad.unpack_dual(dual).tangent
+    torch.testing.assert_close(tangent, rotate(x.cos(), position))
+    for transform in (
+        torch.func.grad,
+        lambda f: torch.func.grad(lambda x: torch.func.grad(f)(x).sin().sum()),
+        lambda f: lambda x: torch.func.jvp(torch.func.grad(f), (x,), (x,))[1],
     ):
-        rotate(forward_ad.make_dual(x, x), position)
-    got = torch.func.grad(lambda x: rotate(x, position, backend="reference").sin().sum())(x)
-    leaf = x.clone().requires_grad_()
-    (want,) = torch.autograd.grad(rotate(leaf, position).sin().sum(), leaf)
-    torch.testing.assert_close(got, want)
+        torch.testing.assert_close(transform(loss)(x), transform(lambda x: loss(x, "reference"))(x))
 
 
 def test_rates_are_constants() -> None:
