@@ -119,12 +119,10 @@ def in_place(updated: str) -> Autograd:
         whole = name.removesuffix("_step")
 
         def apply(*args: Any) -> Any:
-            for argument, tensor in zip(names, args, strict=True):
-                if not isinstance(tensor, Tensor):
-                    continue
-                if torch.is_grad_enabled() and tensor.requires_grad:
+            for argument, x in zip(names, args, strict=True):
+                if torch.is_grad_enabled() and _requires_grad(x):
                     found = "that requires grad"
-                elif forward_ad.unpack_dual(tensor).tangent is not None:
+                elif forward_ad._current_level >= 0 and _has_tangent(x):
                     found = "that carries a tangent"
                 else:
                     continue
@@ -182,6 +180,14 @@ def _arguments(operator: Any, names: Sequence[str]) -> list[tuple[int, str]]:
     return [(i, x.name) for i, x in enumerate(operator._schema.arguments) if x.name in names]
 
 
+def _requires_grad(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.requires_grad
+
+
+def _has_tangent(x: Any) -> bool:
+    return isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None
+
+
 def _kernel(
     operator: Any,
     function: type[_SingleLevelFunction],
@@ -189,13 +195,10 @@ def _kernel(
     check: Callable[[tuple[Any, ...]], None],
 ) -> Callable[..., Any]:
     def apply(*args: Any) -> Any:
-        tensors = [x for x in args if isinstance(x, Tensor)]
         # -1 outside of dual_level() and torch.func.jvp.
-        if forward_ad._current_level >= 0 and any(
-            forward_ad.unpack_dual(x).tangent is not None for x in tensors
-        ):
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, args)):
             return tangents(*args)
-        if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        if torch.is_grad_enabled() and any(map(_requires_grad, args)):
             check(args)
             if torch._C._are_functorch_transforms_active():
                 with enable_single_level_autograd_function():

@@ -15,6 +15,7 @@ derivative, some C L + L D / C values.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -58,22 +59,10 @@ def latent_attention(
         return walk.rows(y).to(v.dtype), walk.final_max, total, average
 
 
-def latent_attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max: Tensor | None,
-    norm: Tensor | None,
-    mean: Tensor | None,
-    dy: Tensor,
-    d_final_norm: Tensor,
-    d_final_mean: Tensor,
-    causal: bool,
-    scale: float,
-) -> tuple[Tensor, ...]:
+def latent_attention_backward(*args: Any) -> tuple[Tensor, ...]:
     """The operator of this name: the gradients of q, k, v, norm and mean."""
+    q, k, v, key_mask, cu_seqlens, max, norm, mean, *cotangents, causal, scale = args
+    dy, d_final_norm, d_final_mean = cotangents
     with reference.autocast_disabled(q.device):
         if causal:
             walk = _Walk(q, k, v, key_mask, cu_seqlens, max, norm, mean, scale)

@@ -218,10 +218,9 @@ def _gated_step_cpu(
     fresh: Tensor | None,
 ) -> Tensor:
     y = _gated_step_fake(x, gate_a, gate_x, log_lambda, state, fresh)
-    rows = (tensor.unsqueeze(1) for tensor in (x, gate_a, gate_x))
     _as_step(
         "rg_lru", _core.rg_lru_forward,
-        *rows, log_lambda, None, None, state, fresh, y.unsqueeze(1), state, False,
+        x, gate_a, gate_x, log_lambda, None, None, state, fresh, y, state, False,
     )  # fmt: skip
     mark_updated(state)
     return y
@@ -343,7 +342,7 @@ def _conv_step_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor
     y = _conv_step_fake(x, weight, bias, state)
     _as_step(
         "short_conv", _core.short_conv_forward,
-        x.unsqueeze(1), weight, bias, None, state, y.unsqueeze(1), state, True,
+        x, weight, bias, None, state, y, state, True,
     )  # fmt: skip
     mark_updated(state)
     return y

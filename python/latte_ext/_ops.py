@@ -126,8 +126,11 @@ def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 def _step_cpu(
     q: Tensor, k: Tensor, v: Tensor, max: Tensor, norm: Tensor, mean: Tensor, scale: float
 ) -> Tensor:
-    y = _step_fake(q, k, v)
-    _core.latent_attention_step(q, k, v, max, norm, mean, y, scale, torch.get_num_threads())
+    threads = torch.get_num_threads()
+    y: Tensor | None = _core.latent_attention_step_plain(q, k, v, max, norm, mean, scale, threads)
+    if y is None:  # what does not fit is refused by name
+        y = _step_fake(q, k, v)
+        _core.latent_attention_step(q, k, v, max, norm, mean, y, scale, threads)
     mark_updated(max, norm, mean)
     return y
 

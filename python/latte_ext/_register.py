@@ -62,7 +62,10 @@ def mark_updated(*tensors: Tensor) -> None:
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
     """The type of arithmetic and states: float64 if a tensor has it, float32 otherwise."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+    for x in tensors:  # any() of a generator takes 0.5 us more
+        if x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
 
 
 def count_sequences(x: Tensor, cu_seqlens: Tensor | None) -> int:

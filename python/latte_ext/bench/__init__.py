@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .._progress import Bar
-from . import mixers, report, window
+from . import mixers, overhead, report, window
 from .cases import EXTRA_GROUPS, SIZES, Bench
 from .cases import GROUPS as LATENT_GROUPS
 
@@ -39,11 +39,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--groups", nargs="+", metavar="GROUP", choices=[*GROUPS, *EXTRA_GROUPS],
         default=list(GROUPS), help=f"only these of: {', '.join(GROUPS)}",
     )  # fmt: skip
+    parser.add_argument(
+        "--overhead", action="store_true", help="only what a call of each operator costs"
+    )
     parser.add_argument("--size", choices=list(SIZES), default="full", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print and write what the options ask for; returns the exit code."""
+    if args.overhead:
+        print(overhead.table(overhead.measure()))
+        return 0
     bench = Bench(SIZES[args.size], torch.get_num_threads())
     facts = report.machine(bench)
     print(report.describe(facts), flush=True)
