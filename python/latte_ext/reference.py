@@ -96,7 +96,7 @@ def merge_all(max: Tensor, norm: Tensor, mean: Tensor) -> StateTensors:
     """The states of S >= 1 disjoint sets, (S,N,Hk,L) and (S,N,Hk,L,D), merged in one step."""
     max = max.detach()
     top = max.amax(dim=0)
-    weight = norm * torch.exp(max - _finite(top))
+    weight = norm * torch.exp(max - finite(top))
     total = weight.sum(dim=0)
     share = weight / torch.where(total == 0, 1, total)
     # As in `merge`: no gradient reaches the mean of an empty latent.
@@ -468,7 +468,7 @@ def _attend(
 ) -> tuple[Tensor, StateTensors]:
     """Outputs and final state of B sequences, from p(l|t), prepared k and v, and a state."""
     if not causal:
-        carry = merge(carry, summary(k, v))
+        carry = merge(carry, _summary(k, v))
         return _read(p, carry[2]), carry
     rows = [v.new_empty(p.shape[0], p.shape[1], 0, v.shape[3])]
     # unbind, because T slices would each have a gradient of the size of their T tokens.
@@ -494,7 +494,7 @@ def _attend_packed(
     return torch.cat(rows, dim=2), (max_, norm, mean)
 
 
-def summary(k: Tensor, v: Tensor) -> StateTensors:
+def _summary(k: Tensor, v: Tensor) -> StateTensors:
     """The state of all T >= 0 tokens of k (B,Hk,T,L) and v (B,Hk,T,D)."""
     keys = k.detach()
     # Without tokens nothing but the formulas below ties the state to k and v, for gradients.

@@ -2,12 +2,14 @@
 """Settings that every Python test runs under."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
 import pytest
 import torch
+from support_matrix import Matrix
 
 # Differences between torch versions that no code here can avoid: (filter, reason).
 TOLERATED_WARNINGS = (
@@ -26,6 +28,7 @@ hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: takes more than five seconds")
+    config.addinivalue_line("markers", "supports(feature, *operators): a cell of docs/support.md")
     config.addinivalue_line("filterwarnings", "error")
     for tolerated, _ in TOLERATED_WARNINGS:
         config.addinivalue_line("filterwarnings", tolerated)
@@ -39,6 +42,33 @@ def pool() -> Iterator[Any]:
     pool = Pool(RANKS)
     yield pool
     pool.close()
+
+
+MATRIX = pytest.StashKey[Matrix]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--support-matrix", type=Path, help="write this page; not with xdist")
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    session.config.stash[MATRIX] = Matrix()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    if report.when == "call" or report.outcome != "passed":
+        item.config.stash[MATRIX].add(item, report.outcome)
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    path = session.config.getoption("--support-matrix")
+    if path is not None:
+        session.config.stash[MATRIX].write(path, torch.__version__)
 
 
 @pytest.fixture(autouse=True)

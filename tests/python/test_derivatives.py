@@ -98,6 +98,8 @@ def make_case(case: str) -> tuple[Function, list[Tensor], Function]:
     return attention_case(case) if case in OPTIONS else mixer_case(case)
 
 
+@pytest.mark.supports("double backward")
+@pytest.mark.supports("forward mode")
 @pytest.mark.parametrize("case", [case for case in CASES if case != "steep"])
 def test_forward_mode_and_double_backward(case: str) -> None:
     function, inputs, _ = make_case(case)
@@ -136,7 +138,11 @@ TRANSFORMS: dict[str, Callable[..., Any]] = {
 }
 
 
-@pytest.mark.parametrize("transform", TRANSFORMS)
+def supported(transform: str) -> Any:
+    return pytest.param(transform, marks=pytest.mark.supports(f"torch.func: {transform}"))
+
+
+@pytest.mark.parametrize("transform", map(supported, TRANSFORMS))
 @pytest.mark.parametrize("case", CASES)
 def test_transforms(case: str, transform: str) -> None:
     """The compiled operators and the reference agree on every derivative."""
@@ -239,6 +245,7 @@ VMAPPED: dict[str, tuple[Callable[..., Any], list[tuple[int, ...]], tuple[int | 
 }  # fmt: skip
 
 
+@pytest.mark.supports("vmap, and vmap of gradients")
 @pytest.mark.parametrize("of", ["values", "gradients"])
 @pytest.mark.parametrize("name", VMAPPED)
 def test_vmap(name: str, of: str) -> None:

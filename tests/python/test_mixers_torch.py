@@ -118,6 +118,7 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
+@pytest.mark.supports("compile: forward and backward, fullgraph")
 @OP
 @CASE
 def test_compile(op: str, case: str) -> None:
@@ -159,6 +160,9 @@ class Model(torch.nn.Module):
         return linear_recurrence(z.sigmoid(), y), last, tail
 
 
+@pytest.mark.supports(
+    "export, save and load, dynamic sizes", "linear_recurrence", "rg_lru", "short_conv"
+)
 def test_export() -> None:
     """With dynamic dimensions and states as inputs and outputs; saved, loaded and run."""
 
@@ -235,6 +239,7 @@ def answer(call: Call, sender: Connection) -> None:
     sender.close()
 
 
+@pytest.mark.supports("forked processes")
 @OP
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_process(op: str) -> None:

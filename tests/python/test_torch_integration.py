@@ -66,6 +66,7 @@ def fresh_compiler() -> Iterator[None]:
 # opcheck -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.supports("opcheck", "latent_attention")
 @pytest.mark.parametrize("requires_grad", [False, True])
 @CASE
 def test_opcheck_forward(case: str, requires_grad: bool) -> None:
@@ -122,6 +123,7 @@ def registered_operators() -> set[str]:
 # Fake tensors ------------------------------------------------------------------------------------
 
 
+@pytest.mark.supports("meta tensors", "latent_attention")
 @CASE
 def test_meta_tensors(case: str) -> None:
     """Shapes and dtypes without memory, forward and backward."""
@@ -144,6 +146,7 @@ def compiled(function: Callable[..., object]) -> Callable[..., object]:
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
+@pytest.mark.supports("compile: forward and backward, fullgraph", "latent_attention")
 @CASE
 def test_compile(case: str) -> None:
     """The same results as eager, forward and backward."""
@@ -215,6 +218,7 @@ class Model(torch.nn.Module):
         return 2 * y, state
 
 
+@pytest.mark.supports("export, save and load, dynamic sizes", "latent_attention")
 def test_export() -> None:
     """With dynamic dimensions and a state as input and output; saved, loaded and run."""
     problem = make_problem(3, 4, 9, initial_state=True)
@@ -395,6 +399,7 @@ def solve_in_child(problem: Problem, count: int, answer: Connection) -> None:
     answer.send({name: x.tolist() for name, x in solve(problem).named()})
 
 
+@pytest.mark.supports("forked processes", "latent_attention")
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_forked_process(count: int) -> None:
