@@ -17,6 +17,13 @@ struct HeadRows {
   int64_t stride_b = 0, stride_h = 0, stride_t = 0, stride_c = 0;
   // 16 bytes at a time from an input in the kernel's type, 8 to an output; else one element.
   bool vectors = false;
+  int64_t stride_partial = 0;  // between partial sums of the same element
+};
+
+// How logits count: times a scale, and so many of a block's latents.
+struct Logits {
+  float scale;
+  int latents;
 };
 
 struct AttentionArgs {
@@ -28,23 +35,25 @@ struct AttentionArgs {
   float scale = 1;
   // The tokens of a sequence are cut into `parts`, of which the first `walked` have blocks. Where
   // every part has a state, that of part i of sequence n is number n parts + i.
-  int parts = 1, walked = 1, slices = 1;
+  int parts = 1, walked = 1, slices = 1, latent_slices = 1;
   StateView initial, final;
   bool initial_of_part = false, final_of_part = false;
 };
 
-// What a block works on: a head, a slice of D, and some tokens of a sequence.
+// What a block works on: a head, a slice of D and of L, and some tokens of a sequence.
 struct Work {
   int64_t sequence, batch, first, tokens;
-  int head, kv_head, part, channel;
+  int head, kv_head, part, channel, slice, latent;
 };
 
 // `heads` are those of the queries, or of the keys for a kernel that has no queries.
-template <int kDim>
+template <class Shape>
 __device__ __forceinline__ Work find_work(const AttentionArgs& a, int heads) {
   int64_t block = blockIdx.x;
   Work w;
-  w.channel = static_cast<int>(block % a.slices) * kDim, block /= a.slices;
+  w.slice = static_cast<int>(block % a.slices), block /= a.slices;
+  w.channel = w.slice * Shape::D;
+  w.latent = static_cast<int>(block % a.latent_slices) * Shape::L, block /= a.latent_slices;
   w.part = static_cast<int>(block % a.walked), block /= a.walked;
   w.head = static_cast<int>(block % heads), w.sequence = block / heads;
   w.kv_head = w.head / (heads / a.kv_heads);
@@ -56,6 +65,19 @@ __device__ __forceinline__ Work find_work(const AttentionArgs& a, int heads) {
   return w;
 }
 
+__device__ __forceinline__ Logits logits_of(const AttentionArgs& a, const Work& w) {
+  return {a.scale, a.latents - w.latent};
+}
+__device__ __forceinline__ bool is_key(const AttentionArgs& a, const Work& w, int64_t t) {
+  return t < w.tokens &&
+         (!a.key_mask || a.key_mask[w.batch * a.mask_stride_b + (w.first + t) * a.mask_stride_t]);
+}
+// Of a state in front of a part or behind it.
+__device__ __forceinline__ int64_t state_number(const AttentionArgs& a, const Work& w,
+                                                bool of_part) {
+  return of_part ? w.sequence * a.parts + w.part : w.sequence;
+}
+
 // Rows of one head, from a token and a channel on. What is the same for all blocks stays in the
 // constant memory of the arguments: registers are short.
 struct Slice {
@@ -64,10 +86,10 @@ struct Slice {
   int width;      // channels from there on
 };
 __device__ __forceinline__ Slice slice_of(const HeadRows& rows, const Work& w, int head,
-                                          int channel, int channels) {
+                                          int channel, int channels, int partial = 0) {
   return {rows,
           w.batch * rows.stride_b + head * rows.stride_h + w.first * rows.stride_t +
-              channel * rows.stride_c,
+              channel * rows.stride_c + partial * rows.stride_partial,
           channels - channel};
 }
 
@@ -139,15 +161,24 @@ struct Target : Slice {
   }
   // The first `count` rows of a tile at row t and channel c. Whole sectors of 32 bytes leave a
   // warp: pairs of float32 fill them, of halves only after lanes have exchanged theirs.
-  __device__ __forceinline__ void store_tile(int64_t t, int c, int64_t count, Tile& tile) const {
+  __device__ __forceinline__ void store_tile(int64_t t, int c, int64_t count,
+                                             const Tile& tile) const {
     if (!rows.vectors) {
       store_elements(t, c, count, tile);
-    } else if (rows.dtype == DType::float32) {
-      store_pairs(t, c, count, tile);
-    } else if (rows.dtype == DType::bfloat16) {
-      store_halves<__nv_bfloat16>(t, c, count, tile);
     } else {
-      store_halves<__half>(t, c, count, tile);
+      with_storage_type<float>(rows.dtype, [&](auto type) {
+        store_vectors<typename decltype(type)::type>(t, c, count, tile);
+      });
+    }
+  }
+  // The same where vectors of S are known to fit.
+  template <class S>
+  __device__ __forceinline__ void store_vectors(int64_t t, int c, int64_t count,
+                                                const Tile& tile) const {
+    if constexpr (sizeof(S) == 4) {
+      store_pairs(t, c, count, tile);
+    } else {
+      store_halves<S>(t, c, count, tile);
     }
   }
 
@@ -211,8 +242,33 @@ __device__ __forceinline__ float across_warp(float x, F combine) {
   return x;
 }
 
+// Over the four lanes of a tile's row.
+template <class F>
+__device__ __forceinline__ float across_quad(float x, F combine) {
+  x = combine(x, __shfl_xor_sync(~0u, x, 1));
+  return combine(x, __shfl_xor_sync(~0u, x, 2));
+}
+
 inline constexpr float kInfinity = __builtin_huge_valf();
 // A maximum as a reference to subtract: the empty set's is any number.
 __device__ __forceinline__ float reference_of(float max) { return max == -kInfinity ? 0 : max; }
+
+// The softmax over latents of one row, by a warp whose lanes take every 32nd of them.
+struct RowSoftmax {
+  float high, inverse_sum;
+
+  __device__ __forceinline__ float operator()(float logit) const {
+    return expf(logit - high) * inverse_sum;
+  }
+};
+template <class F>
+__device__ __forceinline__ RowSoftmax row_softmax(int latents, F logit) {
+  float high = -kInfinity, sum = 0;
+  for (int l = lane_id(); l < latents; l += 32) high = fmaxf(high, logit(l));
+  high = reference_of(across_warp(high, [](float x, float y) { return fmaxf(x, y); }));
+  for (int l = lane_id(); l < latents; l += 32) sum += expf(logit(l) - high);
+  sum = across_warp(sum, [](float x, float y) { return x + y; });
+  return {high, sum > 0 ? 1 / sum : 0};
+}
 
 }  // namespace latte::cuda

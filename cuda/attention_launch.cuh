@@ -15,17 +15,17 @@ void launch_sized(AttentionKernel kernel, const AttentionArgs& args, int64_t blo
   constexpr int kDim = value_slice(kLatents, std::is_same_v<E, __nv_bfloat16>);
   switch (kernel) {
     case AttentionKernel::key_summary: {
-      using Shape = KernelShape<E, kLatents, kDim, Inputs::keys>;
+      using Shape = KernelShape<E, kLatents, kDim, kKeys>;
       return launch_blocks(kOp, key_summary<Shape>, blocks, kAttentionThreads, Shape::kSharedBytes,
                            stream, args);
     }
     case AttentionKernel::causal_forward: {
-      using Shape = KernelShape<E, kLatents, kDim, Inputs::both>;
+      using Shape = KernelShape<E, kLatents, kDim, kKeys | kQueries | kState>;
       return launch_blocks(kOp, causal_forward<Shape>, blocks, kAttentionThreads,
                            Shape::kSharedBytes, stream, args);
     }
     case AttentionKernel::bidirectional_forward: {
-      using Shape = KernelShape<E, kLatents, kDim, Inputs::queries>;
+      using Shape = KernelShape<E, kLatents, kDim, kQueries | kState>;
       return launch_blocks(kOp, bidirectional_forward<Shape>, blocks, kAttentionThreads,
                            Shape::kSharedBytes, stream, args);
     }

@@ -28,6 +28,14 @@ constexpr int value_slice(int latent_tile, bool is_bfloat16) {
   return latent_tile <= (is_bfloat16 ? 128 : 64) ? 64 : 32;
 }
 
+// The channels and latents of a block of the backward pass, whose walks cut both: registers hold S
+// or dS, or both, and shared memory five kinds of rows.
+inline constexpr int kGradientChannels = 64, kMaxSummedLatents = 64;
+constexpr int gradient_latents(int64_t latents, bool is_bfloat16, bool sums) {
+  return static_cast<int>(
+      least(latent_tile(latents), is_bfloat16 && !sums ? 128 : kMaxSummedLatents));
+}
+
 // Two stages of input while two blocks still fit in the 227 KiB of a multiprocessor: with one stage
 // they overlap each other's loads instead.
 constexpr int stages(int64_t stage_bytes, int64_t other_bytes) {

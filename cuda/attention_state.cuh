@@ -39,15 +39,17 @@ struct StateTiles {
   __device__ __forceinline__ void load(const SharedMemory<Shape>& m, const StateView& from,
                                        const AttentionArgs& a, int64_t n, const Work& w) {
     for_own_latents<Shape>([&](int l) {
-      const bool there = from.present() && l < a.latents;
-      m.maximum()[l] = there ? *from.max.at<float>(n, w.kv_head, l) : -kInfinity;
-      m.norm()[l] = there ? *from.norm.at<float>(n, w.kv_head, l) : 0;
+      const int latent = w.latent + l;
+      const bool there = from.present() && latent < a.latents;
+      m.maximum()[l] = there ? *from.max.at<float>(n, w.kv_head, latent) : -kInfinity;
+      m.norm()[l] = there ? *from.norm.at<float>(n, w.kv_head, latent) : 0;
     });
     for_each([&](int l, int d, float& x) {
+      const int latent = w.latent + l;
       x = 0;
-      if (!from.present() || l >= a.latents || w.channel + d >= a.dim) return;
-      const float norm = *from.norm.at<float>(n, w.kv_head, l);
-      if (norm > 0) x = norm * *from.mean.at<float>(n, w.kv_head, l, w.channel + d);
+      if (!from.present() || latent >= a.latents || w.channel + d >= a.dim) return;
+      const float norm = *from.norm.at<float>(n, w.kv_head, latent);
+      if (norm > 0) x = norm * *from.mean.at<float>(n, w.kv_head, latent, w.channel + d);
     });
   }
 
@@ -56,14 +58,16 @@ struct StateTiles {
                                         const AttentionArgs& a, int64_t n, const Work& w) {
     if (w.channel == 0)
       for_own_latents<Shape>([&](int l) {
-        if (l >= a.latents) return;
-        *to.max.at<float>(n, w.kv_head, l) = m.maximum()[l];
-        *to.norm.at<float>(n, w.kv_head, l) = m.norm()[l];
+        const int latent = w.latent + l;
+        if (latent >= a.latents) return;
+        *to.max.at<float>(n, w.kv_head, latent) = m.maximum()[l];
+        *to.norm.at<float>(n, w.kv_head, latent) = m.norm()[l];
       });
     for_each([&](int l, int d, float& x) {
-      if (l >= a.latents || w.channel + d >= a.dim) return;
+      const int latent = w.latent + l;
+      if (latent >= a.latents || w.channel + d >= a.dim) return;
       const float norm = m.norm()[l];
-      *to.mean.at<float>(n, w.kv_head, l, w.channel + d) = norm > 0 ? x / norm : 0;
+      *to.mean.at<float>(n, w.kv_head, latent, w.channel + d) = norm > 0 ? x / norm : 0;
     });
   }
 
@@ -74,23 +78,21 @@ struct StateTiles {
 
   // As factors of the queries' product. A barrier has to follow.
   __device__ __forceinline__ void share(const SharedMemory<Shape>& m) {
-    using Factor = typename Shape::Factor;
     if (is_idle()) return;
 #pragma unroll
     for (int i = 0; i < kHigh; ++i)
 #pragma unroll
       for (int j = 0; j < kWide; ++j)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) {
-          const int h = e / 2, r = e % 2 * 2;
-          const Tile& tile = sum[i][j];
-          Factor* const to = m.state() + (latent + 16 * i + tile_row(r)) * Shape::kStateStride +
-                             channel + 16 * j + tile_column(h, 0);
-          Vector<Factor, 2> pair;
-          pair.values[0] = from_compute<Factor>(Shape::Product::rounded(tile.c[h][r]));
-          pair.values[1] = from_compute<Factor>(Shape::Product::rounded(tile.c[h][r + 1]));
-          *reinterpret_cast<Vector<Factor, 2>*>(to) = pair;
-        }
+        share_tile<typename Shape::Product>(
+            m.state() + (latent + 16 * i) * Shape::kStateStride + channel + 16 * j,
+            Shape::kStateStride, sum[i][j]);
+  }
+
+  // One row, with the decays and weights of step_row.
+  __device__ __forceinline__ void add_row(const SharedMemory<Shape>& m,
+                                          const typename Shape::Element* row) {
+    for_each(
+        [&](int l, int d, float& x) { x = x * m.decay()[l] + m.frame()[l] * to_compute(row[d]); });
   }
 
   // Sums over the warp's latents of factor(latent) times the state, into sums[channel].
@@ -115,8 +117,33 @@ struct StateTiles {
     }
   }
 
-  // += weights^T v of the chunk.
-  __device__ __forceinline__ void add(const SharedMemory<Shape>& m, const Stage<Shape>& s) {
+  // Sums over the warp's channels of factor(channel) times the state, into sums[latent] of its part
+  // of the channels.
+  template <class F>
+  __device__ __forceinline__ void sum_channels(F factor, float* sums) const {
+    if (is_idle()) return;
+    sums += channel / (kWide * 16) * Shape::L;
+#pragma unroll
+    for (int i = 0; i < kHigh; ++i)
+#pragma unroll
+      for (int r = 0; r < 4; r += 2) {
+        float sum = 0;
+#pragma unroll
+        for (int j = 0; j < kWide; ++j)
+#pragma unroll
+          for (int e = 0; e < 4; ++e)
+            sum += factor(channel + 16 * j + tile_column(e / 2, e % 2)) *
+                   this->sum[i][j].c[e / 2][r + e % 2];
+        sum = across_quad(sum, [](float x, float y) { return x + y; });
+        if (lane_id() % 4 == 0) sums[latent + 16 * i + tile_row(r)] = sum;
+      }
+  }
+  // Parts of the channels that sum_channels leaves sums of.
+  static constexpr int kChannelParts = kAcross < kDimTiles ? kAcross : kDimTiles;
+
+  // += weights^T rows of the chunk, (kChunk,L) and (kChunk,D).
+  __device__ __forceinline__ void add(const typename Shape::Factor* weights,
+                                      const typename Shape::Element* rows) {
     using Product = typename Shape::Product;
     if (is_idle()) return;
 #pragma unroll 1
@@ -124,17 +151,25 @@ struct StateTiles {
       typename Product::Left w[kHigh];
 #pragma unroll
       for (int i = 0; i < kHigh; ++i)
-        w[i] = Product::left_columns(m.weights(s) + row * Shape::kWeightStride + latent + 16 * i,
+        w[i] = Product::left_columns(weights + row * Shape::kWeightStride + latent + 16 * i,
                                      Shape::kWeightStride);
 #pragma unroll
       for (int j = 0; j < kWide; ++j) {
         const auto v =
-            Product::right_rows(s.v + row * Shape::kDStride + channel + 16 * j, Shape::kDStride);
+            Product::right_rows(rows + row * Shape::kDStride + channel + 16 * j, Shape::kDStride);
 #pragma unroll
         for (int i = 0; i < kHigh; ++i) Product::multiply(sum[i][j], w[i], v);
       }
     }
   }
 };
+
+// A row of sums of all warps, per warp and channel.
+template <class Shape>
+__device__ __forceinline__ void store_row_sums(const Target& to, int64_t t, const float* sums) {
+  constexpr int D = Shape::D;
+  for (int d = threadIdx.x; d < D; d += kAttentionThreads)
+    to.store(t, d, sums[d] + sums[D + d] + sums[2 * D + d] + sums[3 * D + d]);
+}
 
 }  // namespace latte::cuda

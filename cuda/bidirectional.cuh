@@ -12,7 +12,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
     bidirectional_forward(const __grid_constant__ AttentionArgs a) {
   using E = typename Shape::Element;
   using Product = typename Shape::Product;
-  const Work w = find_work<Shape::D>(a, a.heads);
+  const Work w = find_work<Shape>(a, a.heads);
   const SharedMemory<Shape> m;
   const Slice q = slice_of(a.q, w, w.head, 0, a.latents);
   const Target y(slice_of(a.y, w, w.head, w.channel, a.dim));
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
         from_compute<typename Shape::Factor>(Product::rounded(mean));
   }
   walk_chunks<Shape::kStages>(chunks, load, [&](int64_t c) {
-    QueryRows<Shape> rows(m.stage(c % Shape::kStages), a);
+    QueryRows<Shape> rows(m.stage(c % Shape::kStages), logits_of(a, w));
     rows.divide([](int) {
       Tile ones;
       for_each_element(ones, [](int, int, float& x) { x = 1; });

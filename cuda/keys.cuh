@@ -9,34 +9,40 @@
 
 namespace latte::cuda {
 
-enum class Inputs { keys, queries, both };
+// What a kernel has in shared memory, added up: keys and values, queries, dy, the factors of the
+// backward pass (gradient.cuh), a state or its gradient, and the sum of a gradient.
+enum Contents : int { kKeys = 1, kQueries = 2, kOutputs = 4, kFactors = 8, kState = 16, kSum = 32 };
 
-// Sizes of a kernel that reads k and v, q, or all of them as elements E, of kLatents latents and a
-// slice of kDim channels.
-template <class E, int kLatents, int kDim, Inputs kInputs>
+// Sizes of a kernel with these contents as elements E, of kLatents latents and a slice of kDim
+// channels.
+template <class E, int kLatents, int kDim, int kContents>
 struct KernelShape {
   using Element = E;
   using Product = typename ProductOf<E>::type;
   using Factor = typename Product::Factor;
   static constexpr int L = kLatents, D = kDim;
-  static constexpr bool kHasQueries = kInputs != Inputs::keys;
-  static constexpr bool kHasKeys = kInputs != Inputs::queries;
+  static constexpr bool kHasKeys = kContents & kKeys, kHasQueries = kContents & kQueries;
+  static constexpr bool kHasOutputs = kContents & kOutputs, kHasFactors = kContents & kFactors;
+  static constexpr bool kHasState = kContents & kState, kHasSum = kContents & kSum;
   static constexpr int kLStride = L + kPadding<E>, kDStride = D + kPadding<E>;
   static constexpr int kWeightStride = L + kPadding<Factor>, kStateStride = D + kPadding<Factor>;
   // Weights take the place of keys of their size.
   static constexpr bool kInPlace = sizeof(E) == sizeof(Factor);
 
-  static constexpr int64_t kQueryBytes = kHasQueries ? kChunk * kLStride * sizeof(E) : 0;
-  static constexpr int64_t kKeyBytes = kHasKeys ? kChunk * kLStride * sizeof(E) : 0;
-  static constexpr int64_t kValueBytes = kHasKeys ? kChunk * kDStride * sizeof(E) : 0;
-  static constexpr int64_t kStageBytes =
-      kQueryBytes + kKeyBytes + kValueBytes + (kHasKeys ? kChunk : 0);
-  static constexpr int64_t kWeightBytes =
-      kHasKeys && !kInPlace ? kChunk * kWeightStride * sizeof(Factor) : 0;
-  static constexpr int64_t kStateBytes = kHasQueries ? L * kStateStride * sizeof(Factor) : 0;
-  // Four numbers per latent, two per warp and latent, one per warp and channel.
-  static constexpr int64_t kBookBytes = kHasKeys ? (12 * L + 4 * D) * sizeof(float) : 0;
-  static constexpr int64_t kOtherBytes = kWeightBytes + kStateBytes + kBookBytes;
+  static constexpr int64_t kLatentBytes = kChunk * kLStride * sizeof(E);
+  static constexpr int64_t kDimBytes = kChunk * kDStride * sizeof(E);
+  static constexpr int64_t kFactorBytes = kChunk * kWeightStride * sizeof(Factor);
+  static constexpr int64_t kStageBytes = kHasQueries * kLatentBytes +
+                                         kHasKeys * (kLatentBytes + kDimBytes + kChunk) +
+                                         kHasOutputs * kDimBytes + kHasFactors * 2 * kFactorBytes;
+  static constexpr int64_t kWeightBytes = (kHasKeys && !kInPlace) * kFactorBytes;
+  static constexpr int64_t kSpreadBytes = kHasSum * kFactorBytes;
+  static constexpr int64_t kStateBytes = kHasState * L * kStateStride * sizeof(Factor);
+  // Four numbers per latent, two per warp and latent, one per warp and channel; of a sum one more
+  // per latent.
+  static constexpr int64_t kBookBytes =
+      ((kHasKeys || kHasOutputs) * (12 * L + 4 * D) + kHasSum * L) * sizeof(float);
+  static constexpr int64_t kOtherBytes = kWeightBytes + kSpreadBytes + kStateBytes + kBookBytes;
   static constexpr int kStages = stages(kStageBytes, kOtherBytes);
   static constexpr int64_t kSharedBytes = kStages * kStageBytes + kOtherBytes;
 };
@@ -45,8 +51,10 @@ struct KernelShape {
 template <class Shape>
 struct Stage {
   using E = typename Shape::Element;
-  E *q, *k, *v;
-  bool* used;  // keys that are there
+  using Factor = typename Shape::Factor;
+  E *q, *k, *v, *dy;
+  Factor *r, *product;  // the factors
+  bool* used;           // keys that are there
 };
 
 template <class Shape>
@@ -60,9 +68,12 @@ struct SharedMemory {
   __device__ __forceinline__ Stage<Shape> stage(int i) const {
     unsigned char* p = base + i * Shape::kStageBytes;
     Stage<Shape> s;
-    s.q = reinterpret_cast<E*>(p), p += Shape::kQueryBytes;
-    s.k = reinterpret_cast<E*>(p), p += Shape::kKeyBytes;
-    s.v = reinterpret_cast<E*>(p), p += Shape::kValueBytes;
+    s.q = reinterpret_cast<E*>(p), p += Shape::kHasQueries * Shape::kLatentBytes;
+    s.k = reinterpret_cast<E*>(p), p += Shape::kHasKeys * Shape::kLatentBytes;
+    s.v = reinterpret_cast<E*>(p), p += Shape::kHasKeys * Shape::kDimBytes;
+    s.dy = reinterpret_cast<E*>(p), p += Shape::kHasOutputs * Shape::kDimBytes;
+    s.r = reinterpret_cast<Factor*>(p), p += Shape::kHasFactors * Shape::kFactorBytes;
+    s.product = reinterpret_cast<Factor*>(p), p += Shape::kHasFactors * Shape::kFactorBytes;
     s.used = reinterpret_cast<bool*>(p);
     return s;
   }
@@ -70,14 +81,19 @@ struct SharedMemory {
     if constexpr (Shape::kInPlace) return reinterpret_cast<Factor*>(s.k);
     return reinterpret_cast<Factor*>(base + Shape::kStages * Shape::kStageBytes);
   }
-  __device__ __forceinline__ Factor* state() const {
+  // Factors of a sum.
+  __device__ __forceinline__ Factor* spread() const {
     return reinterpret_cast<Factor*>(base + Shape::kStages * Shape::kStageBytes +
                                      Shape::kWeightBytes);
+  }
+  __device__ __forceinline__ Factor* state() const {
+    return reinterpret_cast<Factor*>(base + Shape::kStages * Shape::kStageBytes +
+                                     Shape::kWeightBytes + Shape::kSpreadBytes);
   }
   // Per latent.
   __device__ __forceinline__ float* maximum() const {
     return reinterpret_cast<float*>(base + Shape::kStages * Shape::kStageBytes +
-                                    Shape::kWeightBytes + Shape::kStateBytes);
+                                    Shape::kWeightBytes + Shape::kSpreadBytes + Shape::kStateBytes);
   }
   __device__ __forceinline__ float* norm() const { return maximum() + L; }
   __device__ __forceinline__ float* frame() const { return maximum() + 2 * L; }
@@ -87,12 +103,24 @@ struct SharedMemory {
   __device__ __forceinline__ float* smallest() const { return maximum() + 8 * L; }
   // Per warp and channel.
   __device__ __forceinline__ float* row_sums() const { return maximum() + 12 * L; }
+  // How a chunk counts in a sum, per latent.
+  __device__ __forceinline__ float* share() const { return row_sums() + 4 * Shape::D; }
 };
+
+// The rows of a chunk's keys and values.
+template <class Shape>
+__device__ __forceinline__ void load_keys(const Stage<Shape>& s, const Slice& k, const Slice& v,
+                                          int64_t t, const AttentionArgs& a, const Work& w) {
+  using E = typename Shape::Element;
+  const auto is_used = [&](int row) { return is_key(a, w, t + row); };
+  load_rows<E, Shape::L>(s.k, k, t, is_used);
+  load_rows<E, Shape::D>(s.v, v, t, is_used);
+  if (threadIdx.x < kChunk) s.used[threadIdx.x] = is_used(threadIdx.x);
+}
 
 // One key as it counts: -inf if there is none.
 template <class Shape>
-__device__ __forceinline__ float key_at(const Stage<Shape>& s, int row, int l,
-                                        const AttentionArgs& a) {
+__device__ __forceinline__ float key_at(const Stage<Shape>& s, int row, int l, const Logits& a) {
   const float k = a.scale * to_compute(s.k[row * Shape::kLStride + l]);
   return s.used[row] && l < a.latents ? k : -kInfinity;
 }
@@ -105,7 +133,7 @@ struct KeyColumns {
   int column = static_cast<int>(threadIdx.x) % kGroups * 8;
   int row = static_cast<int>(threadIdx.x) / kGroups * kRows;
 
-  __device__ __forceinline__ void load(const Stage<Shape>& s, int i, const AttentionArgs& a,
+  __device__ __forceinline__ void load(const Stage<Shape>& s, int i, const Logits& a,
                                        float (&k)[8]) const {
     using E = typename Shape::Element;
     constexpr int kPer = 16 / sizeof(E);
@@ -142,7 +170,7 @@ __device__ __forceinline__ void for_own_latents(F f) {
 // Extremes of the chunk's finite keys per warp. A barrier has to follow.
 template <class Shape>
 __device__ __forceinline__ void find_extremes(const SharedMemory<Shape>& m, const Stage<Shape>& s,
-                                              const AttentionArgs& a) {
+                                              const Logits& a) {
   const KeyColumns<Shape> columns;
   float high[8], low[8];
 #pragma unroll
@@ -181,11 +209,10 @@ __device__ __forceinline__ bool choose_frames(const SharedMemory<Shape>& m) {
   return is_wide;
 }
 
-// Keys become weights; their sums per warp. Norm and maximum move to the frame, without the chunk.
-// A barrier has to follow.
+// Keys become weights; their sums per warp. A barrier has to follow.
 template <class Shape>
 __device__ __forceinline__ void find_weights(const SharedMemory<Shape>& m, const Stage<Shape>& s,
-                                             const AttentionArgs& a) {
+                                             const Logits& a) {
   using Product = typename Shape::Product;
   using Factor = typename Shape::Factor;
   constexpr int kPer = 16 / sizeof(Factor);
@@ -212,9 +239,28 @@ __device__ __forceinline__ void find_weights(const SharedMemory<Shape>& m, const
     }
   }
   columns.reduce(sum, m.largest(), [](float x, float y) { return x + y; });
+}
+
+// Norm and maximum move to the frame, without the chunk.
+template <class Shape>
+__device__ __forceinline__ void enter_frame(const SharedMemory<Shape>& m) {
   for_own_latents<Shape>([&](int l) {
     m.norm()[l] *= m.decay()[l];
     m.maximum()[l] = m.frame()[l];
+  });
+}
+
+// One row alone, exact whatever the range of the keys: its decay and, in the place of the frame,
+// its weight. A barrier has to follow.
+template <class Shape>
+__device__ __forceinline__ void step_row(const SharedMemory<Shape>& m, const Stage<Shape>& s,
+                                         int row, const Logits& a) {
+  for_own_latents<Shape>([&](int l) {
+    const float k = key_at(s, row, l, a), before = m.maximum()[l], after = fmaxf(before, k);
+    const float decay = expf(before - reference_of(after)), w = expf(k - reference_of(after));
+    m.maximum()[l] = after;
+    m.norm()[l] = m.norm()[l] * decay + w;
+    m.decay()[l] = decay, m.frame()[l] = w;
   });
 }
 

@@ -15,8 +15,8 @@ class QueryRows {
   using Left = typename Product::Left;
   static constexpr int kLatentTiles = Shape::L / 16, kDimTiles = Shape::D / 16;
 
-  __device__ __forceinline__ QueryRows(const Stage<Shape>& s, const AttentionArgs& a)
-      : row_(warp_id() * 16), latents_(a.latents), scale_(a.scale) {
+  __device__ __forceinline__ QueryRows(const Stage<Shape>& s, const Logits& form)
+      : row_(warp_id() * 16), form_(form) {
     float high[2] = {-kInfinity, -kInfinity};
 #pragma unroll
     for (int i = 0; i < kLatentTiles; ++i) {
@@ -27,7 +27,7 @@ class QueryRows {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r)
-      max_[r] = reference_of(across_row(high[r], [](float x, float y) { return fmaxf(x, y); }));
+      max_[r] = reference_of(across_quad(high[r], [](float x, float y) { return fmaxf(x, y); }));
   }
 
   // q becomes r; z(i) is the tile of normalisers of latents 16 i and on. Empty latents give 0.
@@ -50,7 +50,7 @@ class QueryRows {
     }
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      sum[r] = across_row(sum[r], [](float x, float y) { return x + y; });
+      sum[r] = across_quad(sum[r], [](float x, float y) { return x + y; });
       inverse_sum_[r] = sum[r] > 0 ? 1 / sum[r] : 0;
     }
   }
@@ -116,19 +116,13 @@ class QueryRows {
  private:
   __device__ __forceinline__ Tile logits(int i) const {
     Tile q = Product::tile(factor_[i]);
-    for_each_element(
-        q, [&](int, int l, float& x) { x = 16 * i + l < latents_ ? scale_ * x : -kInfinity; });
+    for_each_element(q, [&](int, int l, float& x) {
+      x = 16 * i + l < form_.latents ? form_.scale * x : -kInfinity;
+    });
     return q;
   }
-  // Over the four lanes of a row.
-  template <class F>
-  __device__ __forceinline__ static float across_row(float x, F combine) {
-    x = combine(x, __shfl_xor_sync(~0u, x, 1));
-    return combine(x, __shfl_xor_sync(~0u, x, 2));
-  }
-
-  int row_, latents_;
-  float scale_;
+  int row_;
+  Logits form_;
   Left factor_[kLatentTiles];  // q, then r
   float max_[2], inverse_sum_[2];
   Tile y_[kDimTiles];

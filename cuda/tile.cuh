@@ -123,7 +123,9 @@ struct Bf16Product {
     ldmatrix_x4_trans(b.x, matrix_row<Order::down>(from, stride));
     return b;
   }
-  __device__ static __forceinline__ Right right_columns(const Factor* from, int stride) {
+  template <class E>
+  __device__ static __forceinline__ Right right_columns(const E* from, int stride) {
+    static_assert(std::is_same_v<E, Factor>);
     Right b;
     ldmatrix_x4(b.x, matrix_row<Order::across>(from, stride));
     return b;
@@ -186,14 +188,22 @@ struct Tf32Product {
     }
     return b;
   }
-  __device__ static __forceinline__ Right right_columns(const float* from, int stride) {
+  template <class E>
+  __device__ static __forceinline__ Right right_columns(const E* from, int stride) {
     Right b;
-    const int g = lane_id() / 4, t = lane_id() % 4;
+    if constexpr (sizeof(E) == 2) {
+      uint32_t x[4];
+      ldmatrix_x4(x, matrix_row<Order::across>(from, stride));
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const float2 pair =
-          *reinterpret_cast<const float2*>(from + (8 * (i / 2) + g) * stride + 8 * (i % 2) + 2 * t);
-      b.x[i / 2][i % 2][0] = pair.x, b.x[i / 2][i % 2][1] = pair.y;
+      for (int i = 0; i < 4; ++i) unpack_pair<E>(x[i], b.x[i / 2][i % 2][0], b.x[i / 2][i % 2][1]);
+    } else {
+      const int g = lane_id() / 4, t = lane_id() % 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float2 pair = *reinterpret_cast<const float2*>(from + (8 * (i / 2) + g) * stride +
+                                                             8 * (i % 2) + 2 * t);
+        b.x[i / 2][i % 2][0] = pair.x, b.x[i / 2][i % 2][1] = pair.y;
+      }
     }
     return b;
   }
@@ -228,6 +238,21 @@ struct Tf32Product {
     }
   }
 };
+
+// A tile as factors in shared memory.
+template <class Product>
+__device__ __forceinline__ void share_tile(typename Product::Factor* to, int stride,
+                                           const Tile& tile) {
+  using Factor = typename Product::Factor;
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    const int h = e / 2, r = e % 2 * 2;
+    Vector<Factor, 2> pair;
+    pair.values[0] = from_compute<Factor>(Product::rounded(tile.c[h][r]));
+    pair.values[1] = from_compute<Factor>(Product::rounded(tile.c[h][r + 1]));
+    *reinterpret_cast<Vector<Factor, 2>*>(to + tile_row(r) * stride + tile_column(h, 0)) = pair;
+  }
+}
 
 // The product for inputs of a type.
 template <class E>

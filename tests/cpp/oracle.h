@@ -46,8 +46,9 @@ struct Cotangents {
 };
 
 struct Gradients {
-  Vector q, k, v;     // with respect to the scaled q and k
-  Vector norm, mean;  // of the initial state
+  Vector q, k, v;        // with respect to the scaled q and k
+  Vector norm, mean;     // of the initial state
+  double key_terms = 0;  // the largest |terms| of an element of k or norm, which may cancel
 };
 
 // exp(a - b) with exp(-inf - -inf) = 0: the empty set has no mass.
@@ -136,7 +137,7 @@ inline Gradients backward(const Head& head, const Cotangents& seeds) {
   const int64_t T = head.tokens, L = head.latents, D = head.dim;
   Gradients r{Vector(head.group * T * L), Vector(T * L), Vector(T * D), Vector(L), Vector(L * D)};
   const Vector p = all_latent_probabilities(head);
-  Vector dp(p.size()), d_log_norm(L);
+  Vector dp(p.size()), d_log_norm(L), terms((T + 1) * L);
 
   // mean = sum_i w_i value_i and dmean: dvalue_i = w_i dmean, dkey_i = w_i <value_i - mean, dmean>.
   const auto mean_vjp = [&](int64_t l, const Vector& w, const Vector& mean, const Vector& dmean) {
@@ -150,6 +151,7 @@ inline Gradients backward(const Head& head, const Cotangents& seeds) {
         (i > 0 ? r.v[(i - 1) * D + d] : r.mean[l * D + d]) += w[i] * dmean[d];
       }
       (i > 0 ? r.k[(i - 1) * L + l] : d_log_norm[l]) += w[i] * (dot - along);
+      terms[i * L + l] += w[i] * (std::fabs(dot) + std::fabs(along));
     }
   };
 
@@ -178,6 +180,7 @@ inline Gradients backward(const Head& head, const Cotangents& seeds) {
     for (int64_t t = 0; t < T; ++t) r.k[t * L + l] += w[t + 1] * seed;
     r.norm[l] = head.norm[l] == 0 ? 0 : d_log_norm[l] / head.norm[l];
   }
+  for (const double x : terms) r.key_terms = std::fmax(r.key_terms, x);
   for (int64_t row = 0; row < head.group * T; ++row) {
     double along = 0;
     for (int64_t l = 0; l < L; ++l) along += p[row * L + l] * dp[row * L + l];

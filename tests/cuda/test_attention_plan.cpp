@@ -23,7 +23,8 @@ void expect_shared_memory_fits() {
   constexpr bool kBfloat16 = std::is_same_v<E, __nv_bfloat16>;
   const auto bytes = [](auto tile) {
     constexpr int kLatents = decltype(tile)::value;
-    return KernelShape<E, kLatents, value_slice(kLatents, kBfloat16), Inputs::both>::kSharedBytes;
+    return KernelShape<E, kLatents, value_slice(kLatents, kBfloat16),
+                       kKeys | kQueries | kState>::kSharedBytes;
   };
   const auto two_blocks = 113 * 1024;
   EXPECT_LE(bytes(std::integral_constant<int, 16>()), two_blocks);

@@ -22,6 +22,7 @@ namespace latte::cuda {
 // Workspace that the same call needs, in bytes (alignment is arranged inside). It depends on
 // shapes, strides and types alone, not on the device. 0: `workspace` may be null.
 LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionForward& params);
+LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionBackward& params);
 LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionStep& params);
 LATTE_EXPORT int64_t workspace_bytes(const LinearRecurrenceForward& params);
 LATTE_EXPORT int64_t workspace_bytes(const LinearRecurrenceBackward& params);
@@ -33,6 +34,8 @@ LATTE_EXPORT int64_t workspace_bytes(const Rotate& params);
 
 LATTE_EXPORT void latent_attention_forward(const LatentAttentionForward& params, void* workspace,
                                            void* stream);
+LATTE_EXPORT void latent_attention_backward(const LatentAttentionBackward& params, void* workspace,
+                                            void* stream);
 LATTE_EXPORT void latent_attention_step(const LatentAttentionStep& params, void* workspace,
                                         void* stream);
 LATTE_EXPORT void linear_recurrence_forward(const LinearRecurrenceForward& params, void* workspace,

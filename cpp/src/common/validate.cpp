@@ -172,8 +172,8 @@ Problem validate(const LatentAttentionForward& p, Memory memory) {
   return problem;
 }
 
-Problem validate(const LatentAttentionBackward& p) {
-  const Checker check("latent_attention_backward");
+Problem validate(const LatentAttentionBackward& p, Memory memory) {
+  const Checker check("latent_attention_backward", memory);
   const Problem problem = validate_inputs(check, p);
   check.shape("dy", p.dy, {problem.batch, problem.heads, problem.tokens, problem.dim},
               "(batch, heads, tokens, channels)");

@@ -34,7 +34,7 @@ WindowProblem validate(const MacchiatoBackward& params);
 WindowProblem validate(const MacchiatoStep& params);
 
 Problem validate(const LatentAttentionForward& params, Memory memory = Memory::host);
-Problem validate(const LatentAttentionBackward& params);
+Problem validate(const LatentAttentionBackward& params, Memory memory = Memory::host);
 Problem validate(const LatentAttentionStep& params);
 Problem validate(const StateMerge& params);
 void validate_threads(const char* op, int threads);

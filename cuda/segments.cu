@@ -1,18 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Summaries of the parts of a sequence become the states before them, and that of the whole.
-#pragma once
-
 #include "cuda/attention.cuh"
+#include "cuda/segments.h"
 
 namespace latte::cuda {
-
-struct FoldArgs {
-  StateView initial, parts, total;  // absent: the empty state, and no total
-  int kv_heads = 0, latents = 0, dim = 0;
-  int count = 0;                 // parts of a sequence that have a summary
-  int stride = 0;                // state numbers of a sequence
-  bool writes_prefixes = false;  // part i receives the state before it, part `count` the total
-};
 
 inline constexpr int kFoldThreads = 128;
 
@@ -59,6 +49,10 @@ __global__ void __launch_bounds__(kFoldThreads) fold_parts(const __grid_constant
   }
   if (a.writes_prefixes) write(a.parts, n * a.stride + a.count);
   if (a.total.present()) write(a.total, n);
+}
+
+void launch_fold(const char* op, const FoldArgs& args, int64_t rows, void* stream) {
+  launch_blocks(op, fold_parts, rows, kFoldThreads, 0, stream, args);
 }
 
 }  // namespace latte::cuda

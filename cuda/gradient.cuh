@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+// The backward pass of latent attention. With S and Z the unnormalised sum and the norm of a latent
+// in some frame, mean = S / Z, and w = exp(k - frame):
+//   r_t = p_t / Z_t     dp_t = dy_t . S_t / Z_t     dq_t = p_t (dp_t - <p_t, dp_t>)
+//   dS_s = sum_(t>=s) r_t (x) dy_t     dZ_s = -sum_(t>=s) r_t dp_t
+//   dv_s = sum_l w_sl dS_s             dk_s = w_s (v_s . dS_s + dZ_s)
+// Queries are walked first, forward with S; they leave dq and the factors r and r dp. Keys are
+// walked second, back with dS and dZ. Both walks cut D and L into slices of blocks: r dp and dk are
+// then partial sums over slices of D, dv over slices of L and over the heads that share keys.
+#pragma once
+
+#include "cuda/attention_state.cuh"
+
+namespace latte::cuda {
+
+// dS and dZ behind some tokens, in the frame of the keys before them, per query head.
+struct GradientView {
+  View sum;   // (N,H,L,D)
+  View norm;  // (N,H,slices of D,L), partial sums
+
+  __device__ __forceinline__ bool present() const { return sum.data != nullptr; }
+};
+
+struct GradientArgs : AttentionArgs {
+  HeadRows dy, dq, dk, dv;
+  HeadRows r, product;  // r and r dp, of `padded` latents
+  int padded = 0;
+  bool whole = true;  // dq has all of L and D; else it receives p dp
+  View d_log_sum;     // optional (B,H,T)
+  View softmax;       // (B,H,T,2), of q's rows: maximum and 1 / sum; absent where L is one slice
+  // The running maximum before every chunk, (chunks,heads,L) where `border_chunks` belong to a
+  // batch and one more to every part.
+  float* borders = nullptr;
+  int64_t border_chunks = 0;
+  GradientView part;    // of the queries of each part
+  GradientView behind;  // the part or the sequence
+  bool behind_part = false;
+  GradientView front;  // of the sequence
+
+  __device__ __forceinline__ float* border(const Work& w, int64_t chunk, int l) const {
+    const int64_t slot = w.batch * border_chunks + w.first / kChunk + w.sequence * parts + w.part;
+    return borders + ((slot + chunk) * heads + w.head) * latents + w.latent + l;
+  }
+};
+
+// dS of a block and dZ of its own latent, in and out of memory.
+template <class Shape>
+__device__ __forceinline__ void load_gradient(StateTiles<Shape>& sum, float* norm,
+                                              const GradientView& from, const GradientArgs& a,
+                                              int64_t n, const Work& w) {
+  for_own_latents<Shape>([&](int l) {
+    const bool there = from.present() && w.slice == 0 && w.latent + l < a.latents;
+    norm[l] = there ? *from.norm.at<float>(n, w.head, 0, w.latent + l) : 0;
+  });
+  sum.for_each([&](int l, int d, float& x) {
+    const bool there = from.present() && w.latent + l < a.latents && w.channel + d < a.dim;
+    x = there ? *from.sum.at<float>(n, w.head, w.latent + l, w.channel + d) : 0;
+  });
+}
+template <class Shape>
+__device__ __forceinline__ void store_gradient(StateTiles<Shape>& sum, const float* norm,
+                                               const GradientView& to, const GradientArgs& a,
+                                               int64_t n, const Work& w) {
+  for_own_latents<Shape>([&](int l) {
+    if (w.latent + l < a.latents) *to.norm.at<float>(n, w.head, w.slice, w.latent + l) = norm[l];
+  });
+  sum.for_each([&](int l, int d, float& x) {
+    if (w.latent + l < a.latents && w.channel + d < a.dim)
+      *to.sum.at<float>(n, w.head, w.latent + l, w.channel + d) = x;
+  });
+}
+
+// The part of a triangle of ones that lies in a tile.
+__device__ __forceinline__ Tile triangle(int row, int column) {
+  Tile tile;
+  for_each_element(tile, [&](int i, int j, float& x) { x = column + j <= row + i; });
+  return tile;
+}
+
+}  // namespace latte::cuda
