@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Workspace for one call of the core, and the call without the interpreter's lock.
+// One call of the core: on the CPU or a CUDA device, with workspace, without the interpreter's
+// lock.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -7,27 +8,71 @@
 #include <memory>
 #include <new>
 
+#include "latte/cuda.h"
 #include "latte/latte.h"
 
 namespace latte::python {
+
+namespace py = pybind11;
 
 struct AlignedDelete {
   void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
 };
 
 template <class Params>
-void call(void (*run)(const Params&, void*, int), const Params& params, int threads) {
+void call_on_cpu(void (*run)(const Params&, void*, int), const Params& params, int threads) {
   // Enough for one token, whose kernel takes little longer than an allocation.
   alignas(64) char small[8192];
   const auto bytes = static_cast<size_t>(workspace_bytes(params, threads));
   std::unique_ptr<char, AlignedDelete> large;
   if (bytes > sizeof small)
     large.reset(static_cast<char*>(::operator new[](bytes, std::align_val_t{64})));
-  const pybind11::gil_scoped_release release;
+  const py::gil_scoped_release release;
   run(params, large ? large.get() : small, threads);
 }
 
+// A stream of a CUDA device. allocate(bytes) makes a tensor whose memory is free for others in the
+// order of this stream, as that of torch.empty is if the stream is torch's current one.
+struct Stream {
+  int device;
+  uintptr_t handle;
+  py::object allocate;
+};
+
+template <class Params>
+void call_on_cuda(void (*run)(const Params&, void*, void*), const Params& params,
+                  const Stream& stream) {
+  const int64_t bytes = cuda::workspace_bytes(params);
+  py::object workspace;
+  void* memory = nullptr;
+  if (bytes > 0) {
+    workspace = stream.allocate(bytes);
+    memory = reinterpret_cast<void*>(workspace.attr("data_ptr")().cast<uintptr_t>());
+  }
+  const py::gil_scoped_release release;
+  cuda::set_device(stream.device);
+  run(params, memory, reinterpret_cast<void*>(stream.handle));
+}
+
+// Stands for the function of latte/cuda.h where there is none.
+struct NotOnCuda {};
+inline constexpr NotOnCuda not_on_cuda;
+
+// `where`: the number of threads, or a Stream.
+template <class Params, class OnCuda>
+void call(void (*on_cpu)(const Params&, void*, int), OnCuda on_cuda, const Params& params,
+          const py::handle& where) {
+  if (PyLong_Check(where.ptr())) {
+    call_on_cpu(on_cpu, params, where.cast<int>());
+  } else if constexpr (!std::is_same_v<OnCuda, NotOnCuda>) {
+    call_on_cuda<Params>(on_cuda, params, where.cast<const Stream&>());
+  } else {
+    throw Error(Error::Kind::runtime,
+                "[latte_ext] got a CUDA stream, expected a number of threads");
+  }
+}
+
 // Of window.cpp.
-void define_window(pybind11::module_& m);
+void define_window(py::module_& m);
 
 }  // namespace latte::python

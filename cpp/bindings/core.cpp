@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // latte_ext._core: one call per function of latte.h, on the memory of torch tensors.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include "call.h"
 #include "latte/latte.h"
@@ -49,11 +50,11 @@ void forward(const py::object& q, const py::object& k, const py::object& v,
              const py::object& key_mask, const py::object& cu_seqlens, const py::object& max,
              const py::object& norm, const py::object& mean, const py::object& y,
              const py::object& final_max, const py::object& final_norm,
-             const py::object& final_mean, bool causal, double scale, int threads) {
+             const py::object& final_mean, bool causal, double scale, const py::object& where) {
   LatentAttentionForward p = inputs(q, k, v, key_mask, cu_seqlens, max, norm, mean, causal, scale);
   p.y = tensor_from_torch(y);
   p.final = state(final_max, final_norm, final_mean);
-  call(latent_attention_forward, p, threads);
+  call(latent_attention_forward, cuda::latent_attention_forward, p, where);
 }
 
 void backward(const py::object& q, const py::object& k, const py::object& v,
@@ -61,7 +62,7 @@ void backward(const py::object& q, const py::object& k, const py::object& v,
               const py::object& norm, const py::object& mean, const py::object& dy,
               const py::object& d_final_norm, const py::object& d_final_mean, const py::object& dq,
               const py::object& dk, const py::object& dv, const py::object& d_norm,
-              const py::object& d_mean, bool causal, double scale, int threads) {
+              const py::object& d_mean, bool causal, double scale, const py::object& where) {
   const LatentAttentionForward forward =
       inputs(q, k, v, key_mask, cu_seqlens, max, norm, mean, causal, scale);
   LatentAttentionBackward p;
@@ -79,12 +80,12 @@ void backward(const py::object& q, const py::object& k, const py::object& v,
   p.d_initial = state(py::none(), d_norm, d_mean);
   p.causal = causal;
   p.scale = scale;
-  call(latent_attention_backward, p, threads);
+  call(latent_attention_backward, not_on_cuda, p, where);
 }
 
 void step(const py::object& q, const py::object& k, const py::object& v, const py::object& max,
           const py::object& norm, const py::object& mean, const py::object& y, double scale,
-          int threads) {
+          const py::object& where) {
   LatentAttentionStep p;
   p.q = tensor_from_torch(q);
   p.k = tensor_from_torch(k);
@@ -92,7 +93,7 @@ void step(const py::object& q, const py::object& k, const py::object& v, const p
   p.state = state(max, norm, mean);
   p.y = tensor_from_torch(y);
   p.scale = scale;
-  call(latent_attention_step, p, threads);
+  call(latent_attention_step, cuda::latent_attention_step, p, where);
 }
 
 // A method of a tensor by its interned name.
@@ -107,7 +108,7 @@ py::object call_method(PyObject* name, const py::handle& tensor, const Args&... 
 // Memory that means what it says: read in place, and not lazily negated.
 bool plain(const py::handle& object, Tensor& t) {
   static PyObject* const is_neg = PyUnicode_InternFromString("is_neg");
-  return read_through_dlpack(object.ptr(), t) &&
+  return read_through_dlpack(object.ptr(), t, Devices::cpu) &&
          call_method(is_neg, object).is(py::handle(Py_False));
 }
 
@@ -126,11 +127,19 @@ py::object step_plain(const py::handle& q, const py::handle& k, const py::handle
                                    py::int_(p.v.shape[2]));
   p.y = tensor_from_torch(y);
   try {
-    call(latent_attention_step, p, threads);
+    call_on_cpu(latent_attention_step, p, threads);
   } catch (const Error&) {
     return py::none();
   }
   return y;
+}
+
+py::dict cuda_info() {
+  using namespace py::literals;
+  const cuda::Info info = cuda::info();
+  return py::dict("architectures"_a = info.architectures, "emulated"_a = info.emulated,
+                  "runtime"_a = info.runtime, "driver"_a = info.driver, "devices"_a = info.devices,
+                  "error"_a = info.error);
 }
 
 void translate(const Error& error) {
@@ -154,10 +163,13 @@ PYBIND11_MODULE(_core, m) {
       translate(error);
     }
   });
+  py::class_<Stream>(m, "Stream", "A stream of a CUDA device, and how to allocate in its order.")
+      .def(py::init<int, uintptr_t, py::object>(), py::arg("device"), py::arg("handle"),
+           py::arg("allocate"));
   m.def("latent_attention_forward", &forward, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
         py::arg("mean"), py::arg("y"), py::arg("final_max"), py::arg("final_norm"),
-        py::arg("final_mean"), py::arg("causal"), py::arg("scale"), py::arg("threads"),
+        py::arg("final_mean"), py::arg("causal"), py::arg("scale"), py::arg("where"),
         "Writes y and the final state.");
   m.def("latent_attention_check", &check, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
@@ -167,10 +179,10 @@ PYBIND11_MODULE(_core, m) {
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("max"), py::arg("norm"),
         py::arg("mean"), py::arg("dy"), py::arg("d_final_norm"), py::arg("d_final_mean"),
         py::arg("dq"), py::arg("dk"), py::arg("dv"), py::arg("d_norm"), py::arg("d_mean"),
-        py::arg("causal"), py::arg("scale"), py::arg("threads"),
+        py::arg("causal"), py::arg("scale"), py::arg("where"),
         "Writes dq, dk, dv and the gradient of the initial state.");
   m.def("latent_attention_step", &step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("max"),
-        py::arg("norm"), py::arg("mean"), py::arg("y"), py::arg("scale"), py::arg("threads"),
+        py::arg("norm"), py::arg("mean"), py::arg("y"), py::arg("scale"), py::arg("where"),
         "Updates the state in place and writes y.");
   m.def("latent_attention_step_plain", &step_plain, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("max"), py::arg("norm"), py::arg("mean"), py::arg("scale"), py::arg("threads"),
@@ -185,4 +197,5 @@ PYBIND11_MODULE(_core, m) {
         py::call_guard<py::gil_scoped_release>(),
         "Float32 operations per second that multiply-adds in registers reach, measured.");
   m.def("cuda_built", &latte::cuda_built, "Whether the CUDA backend is in this build.");
+  m.def("cuda_info", &cuda_info, "What this build and this machine have of CUDA.");
 }

@@ -11,7 +11,7 @@ namespace latte::python::dlpack {
 inline constexpr const char* kAttribute = "__dlpack_c_exchange_api__";
 inline constexpr const char* kCapsule = "dlpack_exchange_api";
 inline constexpr uint32_t kMajorVersion = 1;
-inline constexpr int32_t kCpu = 1;
+inline constexpr int32_t kCpu = 1, kCuda = 2;
 
 enum TypeCode : uint8_t { kInt = 0, kFloat = 2, kBfloat = 4, kBool = 6 };
 

@@ -10,7 +10,7 @@ namespace latte::python {
 inline void linear_recurrence_forward(const py::object& a, const py::object& b,
                                       const py::object& cu_seqlens, const py::object& h0,
                                       const py::object& h, const py::object& final, bool reverse,
-                                      int threads) {
+                                      const py::object& where) {
   LinearRecurrenceForward p;
   p.a = tensor_from_torch(a);
   p.b = tensor_from_torch(b);
@@ -19,14 +19,15 @@ inline void linear_recurrence_forward(const py::object& a, const py::object& b,
   p.h = tensor_from_torch(h);
   p.final = tensor_from_torch(final);
   p.reverse = reverse;
-  call(latte::linear_recurrence_forward, p, threads);
+  call(latte::linear_recurrence_forward, cuda::linear_recurrence_forward, p, where);
 }
 
 inline void linear_recurrence_backward(const py::object& a, const py::object& h,
                                        const py::object& cu_seqlens, const py::object& h0,
                                        const py::object& dh, const py::object& d_final,
                                        const py::object& da, const py::object& db,
-                                       const py::object& d_h0, bool reverse, int threads) {
+                                       const py::object& d_h0, bool reverse,
+                                       const py::object& where) {
   LinearRecurrenceBackward p;
   p.a = tensor_from_torch(a);
   p.h = tensor_from_torch(h);
@@ -38,7 +39,7 @@ inline void linear_recurrence_backward(const py::object& a, const py::object& h,
   p.db = tensor_from_torch(db);
   p.d_initial = tensor_from_torch(d_h0);
   p.reverse = reverse;
-  call(latte::linear_recurrence_backward, p, threads);
+  call(latte::linear_recurrence_backward, cuda::linear_recurrence_backward, p, where);
 }
 
 // (B,T,C), or (N,C) as N sequences of one token: a view made in Python costs a step 0.8 us each.
@@ -57,7 +58,7 @@ inline void rg_lru_forward(const py::object& x, const py::object& gate_a, const 
                            const py::object& log_lambda, const py::object& key_mask,
                            const py::object& cu_seqlens, const py::object& h0,
                            const py::object& fresh, const py::object& y, const py::object& final,
-                           bool reverse, int threads) {
+                           bool reverse, const py::object& where) {
   RgLruForward p;
   p.x = tokens_from_torch(x);
   p.gate_a = tokens_from_torch(gate_a);
@@ -70,7 +71,7 @@ inline void rg_lru_forward(const py::object& x, const py::object& gate_a, const 
   p.y = tokens_from_torch(y);
   p.final = tensor_from_torch(final);
   p.reverse = reverse;
-  call(latte::rg_lru_forward, p, threads);
+  call(latte::rg_lru_forward, cuda::rg_lru_forward, p, where);
 }
 
 inline void rg_lru_backward(const py::object& x, const py::object& gate_a, const py::object& gate_x,
@@ -80,7 +81,7 @@ inline void rg_lru_backward(const py::object& x, const py::object& gate_a, const
                             const py::object& d_final, const py::object& dx,
                             const py::object& d_gate_a, const py::object& d_gate_x,
                             const py::object& d_log_lambda, const py::object& d_h0, bool reverse,
-                            int threads) {
+                            const py::object& where) {
   RgLruBackward p;
   p.x = tensor_from_torch(x);
   p.gate_a = tensor_from_torch(gate_a);
@@ -99,13 +100,13 @@ inline void rg_lru_backward(const py::object& x, const py::object& gate_a, const
   p.d_log_lambda = tensor_from_torch(d_log_lambda);
   p.d_initial = tensor_from_torch(d_h0);
   p.reverse = reverse;
-  call(latte::rg_lru_backward, p, threads);
+  call(latte::rg_lru_backward, cuda::rg_lru_backward, p, where);
 }
 
 inline void short_conv_forward(const py::object& x, const py::object& weight,
                                const py::object& bias, const py::object& cu_seqlens,
                                const py::object& state, const py::object& y,
-                               const py::object& final, bool causal, int threads) {
+                               const py::object& final, bool causal, const py::object& where) {
   ShortConvForward p;
   p.x = tokens_from_torch(x);
   p.weight = tensor_from_torch(weight);
@@ -115,7 +116,7 @@ inline void short_conv_forward(const py::object& x, const py::object& weight,
   p.y = tokens_from_torch(y);
   p.final = tensor_from_torch(final);
   p.causal = causal;
-  call(latte::short_conv_forward, p, threads);
+  call(latte::short_conv_forward, cuda::short_conv_forward, p, where);
 }
 
 inline void short_conv_backward(const py::object& x, const py::object& weight,
@@ -123,7 +124,7 @@ inline void short_conv_backward(const py::object& x, const py::object& weight,
                                 const py::object& dy, const py::object& d_final,
                                 const py::object& dx, const py::object& d_weight,
                                 const py::object& d_bias, const py::object& d_state, bool causal,
-                                int threads) {
+                                const py::object& where) {
   ShortConvBackward p;
   p.x = tensor_from_torch(x);
   p.weight = tensor_from_torch(weight);
@@ -136,7 +137,7 @@ inline void short_conv_backward(const py::object& x, const py::object& weight,
   p.d_bias = tensor_from_torch(d_bias);
   p.d_initial = tensor_from_torch(d_state);
   p.causal = causal;
-  call(latte::short_conv_backward, p, threads);
+  call(latte::short_conv_backward, cuda::short_conv_backward, p, where);
 }
 
 inline void linear_recurrence_check(const py::object& a, const py::object& b,
@@ -183,23 +184,23 @@ inline void short_conv_check(const py::object& x, const py::object& weight, cons
 inline void define_mixers(py::module_& m) {
   m.def("linear_recurrence_forward", &linear_recurrence_forward, py::arg("a"), py::arg("b"),
         py::arg("cu_seqlens"), py::arg("h0"), py::arg("h"), py::arg("final"), py::arg("reverse"),
-        py::arg("threads"), "Writes h and the final state.");
+        py::arg("where"), "Writes h and the final state.");
   m.def("linear_recurrence_backward", &linear_recurrence_backward, py::arg("a"), py::arg("h"),
         py::arg("cu_seqlens"), py::arg("h0"), py::arg("dh"), py::arg("d_final"), py::arg("da"),
-        py::arg("db"), py::arg("d_h0"), py::arg("reverse"), py::arg("threads"),
+        py::arg("db"), py::arg("d_h0"), py::arg("reverse"), py::arg("where"),
         "Writes da, db and the gradient of the initial state.");
   m.def("rg_lru_forward", &rg_lru_forward, py::arg("x"), py::arg("gate_a"), py::arg("gate_x"),
         py::arg("log_lambda"), py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("h0"),
-        py::arg("fresh"), py::arg("y"), py::arg("final"), py::arg("reverse"), py::arg("threads"),
+        py::arg("fresh"), py::arg("y"), py::arg("final"), py::arg("reverse"), py::arg("where"),
         "Writes y and the final state, which may be h0 itself for one token.");
   m.def("rg_lru_backward", &rg_lru_backward, py::arg("x"), py::arg("gate_a"), py::arg("gate_x"),
         py::arg("log_lambda"), py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("h0"),
         py::arg("fresh"), py::arg("y"), py::arg("dy"), py::arg("d_final"), py::arg("dx"),
         py::arg("d_gate_a"), py::arg("d_gate_x"), py::arg("d_log_lambda"), py::arg("d_h0"),
-        py::arg("reverse"), py::arg("threads"), "Writes all gradients.");
+        py::arg("reverse"), py::arg("where"), "Writes all gradients.");
   m.def("short_conv_forward", &short_conv_forward, py::arg("x"), py::arg("weight"), py::arg("bias"),
         py::arg("cu_seqlens"), py::arg("state"), py::arg("y"), py::arg("final"), py::arg("causal"),
-        py::arg("threads"),
+        py::arg("where"),
         "Writes y and the final state, which may be `state` itself for one token.");
   constexpr const char* kCheck = "Raises what the operator would raise for these inputs.";
   m.def("linear_recurrence_check", &linear_recurrence_check, py::arg("a"), py::arg("b"),
@@ -212,7 +213,7 @@ inline void define_mixers(py::module_& m) {
   m.def("short_conv_backward", &short_conv_backward, py::arg("x"), py::arg("weight"),
         py::arg("cu_seqlens"), py::arg("state"), py::arg("dy"), py::arg("d_final"), py::arg("dx"),
         py::arg("d_weight"), py::arg("d_bias"), py::arg("d_state"), py::arg("causal"),
-        py::arg("threads"), "Writes all gradients.");
+        py::arg("where"), "Writes all gradients.");
 }
 
 }  // namespace latte::python

@@ -20,12 +20,12 @@ inline Rotate rotate_inputs(const py::object& x, const py::object& position,
 
 inline void rotate(const py::object& x, const py::object& position, const py::object& rates,
                    const py::object& y, double base, int64_t dim, bool interleaved, bool inverse,
-                   int threads) {
+                   const py::object& where) {
   Rotate p = rotate_inputs(x, position, rates, base, dim);
   p.y = tensor_from_torch(y);
   p.interleaved = interleaved;
   p.inverse = inverse;
-  call(latte::rotate, p, threads);
+  call(latte::rotate, cuda::rotate, p, where);
 }
 
 inline void rotate_check(const py::object& x, const py::object& position, const py::object& rates,
@@ -38,7 +38,7 @@ inline void rotate_check(const py::object& x, const py::object& position, const 
 inline void define_rotate(py::module_& m) {
   m.def("rotate", &rotate, py::arg("x"), py::arg("position"), py::arg("rates"), py::arg("y"),
         py::arg("base"), py::arg("dim"), py::arg("interleaved"), py::arg("inverse"),
-        py::arg("threads"), "Writes y.");
+        py::arg("where"), "Writes y.");
   m.def("rotate_check", &rotate_check, py::arg("x"), py::arg("position"), py::arg("rates"),
         py::arg("base"), py::arg("dim"), "Raises what the operator would raise for these inputs.");
 }

@@ -47,8 +47,11 @@ inline bool dtype_from_dlpack(const dlpack::Tensor& t, DType& dtype) {
   return false;
 }
 
-// False, and no Python exception, unless `object` is a CPU tensor with memory of a supported dtype.
-inline bool read_through_dlpack(PyObject* object, Tensor& t) {
+enum class Devices { cpu, cpu_or_cuda };
+
+// False, and no Python exception, unless `object` is a tensor with memory of a supported dtype, on
+// the CPU or on CUDA as `devices` allows.
+inline bool read_through_dlpack(PyObject* object, Tensor& t, Devices devices) {
   const dlpack::ExchangeApi* const api = exchange_api();
   if (!api) return false;
   dlpack::Tensor view;
@@ -56,8 +59,9 @@ inline bool read_through_dlpack(PyObject* object, Tensor& t) {
     PyErr_Clear();
     return false;
   }
-  if (!view.data || view.device_type != dlpack::kCpu || !dtype_from_dlpack(view, t.dtype))
-    return false;
+  const bool on_cpu = view.device_type == dlpack::kCpu;
+  const bool on_cuda = view.device_type == dlpack::kCuda && devices == Devices::cpu_or_cuda;
+  if (!view.data || !(on_cpu || on_cuda) || !dtype_from_dlpack(view, t.dtype)) return false;
   t.data = static_cast<char*>(view.data) + view.byte_offset;
   t.rank = view.rank;
   // Every argument has at most 4 dimensions; the validation refuses a higher rank by name.
@@ -89,7 +93,8 @@ inline DType dtype_from_torch(const py::handle& dtype) {
 inline Tensor tensor_from_torch(const py::handle& object, bool read = true) {
   static char placeholder;
   Tensor t;
-  if (object.is_none() || (read && read_through_dlpack(object.ptr(), t))) return t;
+  if (object.is_none() || (read && read_through_dlpack(object.ptr(), t, Devices::cpu_or_cuda)))
+    return t;
   t.data =
       read ? reinterpret_cast<void*>(object.attr("data_ptr")().cast<uintptr_t>()) : &placeholder;
   t.dtype = dtype_from_torch(object.attr("dtype"));

@@ -89,26 +89,26 @@ void check(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Obj
 void forward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object q_sink,
              Object k_sink, Object v_sink, Object sink_position, Object start, Object y,
              Object log_sum, Object wide, int64_t window, int64_t past, bool causal, double scale,
-             double softcap, int threads) {
+             double softcap, Object where) {
   SlidingWindowForward p =
       window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position, start,
                     window, past, causal, scale, softcap);
   p.y = tensor_from_torch(y);
   p.log_sum = tensor_from_torch(log_sum);
   p.wide = tensor_from_torch(wide);
-  call(sliding_window_forward, p, threads);
+  call(sliding_window_forward, not_on_cuda, p, where);
 }
 
 void backward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object q_sink,
               Object k_sink, Object v_sink, Object sink_position, Object start, Object log_sum,
               Object wide, Object dy, Object d_log_sum, Object dq, Object dk, Object dv,
               Object dq_sink, Object dk_sink, Object dv_sink, int64_t window, int64_t past,
-              bool causal, double scale, double softcap, int threads) {
-  call(sliding_window_backward,
+              bool causal, double scale, double softcap, Object where) {
+  call(sliding_window_backward, not_on_cuda,
        window_gradient(window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink,
                                      sink_position, start, window, past, causal, scale, softcap),
                        log_sum, wide, dy, d_log_sum, dq, dk, dv, dq_sink, dk_sink, dv_sink),
-       threads);
+       where);
 }
 
 SlidingWindowStep step_inputs(Object q, Object k, Object v, Object key, Object value, Object valid,
@@ -132,11 +132,11 @@ SlidingWindowStep step_inputs(Object q, Object k, Object v, Object key, Object v
 
 void step(Object q, Object k, Object v, Object key, Object value, Object valid, Object position,
           Object q_sink, Object k_sink, Object v_sink, Object sink_position, Object y, double scale,
-          double softcap, int threads) {
-  call(sliding_window_step,
+          double softcap, Object where) {
+  call(sliding_window_step, not_on_cuda,
        step_inputs(q, k, v, key, value, valid, position, q_sink, k_sink, v_sink, sink_position, y,
                    scale, softcap),
-       threads);
+       where);
 }
 
 State state(Object max, Object norm, Object mean) {
@@ -149,7 +149,7 @@ void gated_forward(Object q_latent, Object k_latent, Object v_latent, Object q, 
                    Object start, Object y, Object total, Object log_sum, Object wide,
                    Object final_max, Object final_norm, Object final_mean, int64_t window,
                    int64_t past, bool causal, double scale, double softcap, double latent_scale,
-                   int threads) {
+                   Object where) {
   MacchiatoForward p;
   p.q_latent = tensor_from_torch(q_latent);
   p.latent.k = tensor_from_torch(k_latent);
@@ -164,7 +164,7 @@ void gated_forward(Object q_latent, Object k_latent, Object v_latent, Object q, 
   p.window.y = tensor_from_torch(y);
   p.window.log_sum = tensor_from_torch(log_sum);
   p.window.wide = tensor_from_torch(wide);
-  call(macchiato_forward, p, threads);
+  call(macchiato_forward, not_on_cuda, p, where);
 }
 
 void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q, Object k, Object v,
@@ -175,7 +175,7 @@ void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q,
                     Object dv_latent, Object dq, Object dk, Object dv, Object dq_sink,
                     Object dk_sink, Object dv_sink, Object d_norm, Object d_mean, bool one_value,
                     int64_t window, int64_t past, bool causal, double scale, double softcap,
-                    double latent_scale, int threads) {
+                    double latent_scale, Object where) {
   MacchiatoBackward p;
   p.one_value = one_value;
   p.q_latent = tensor_from_torch(q_latent);
@@ -194,13 +194,13 @@ void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q,
       window_gradient(window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink,
                                     sink_position, start, window, past, causal, scale, softcap),
                       log_sum, wide, dy, py::none(), dq, dk, dv, dq_sink, dk_sink, dv_sink);
-  call(macchiato_backward, p, threads);
+  call(macchiato_backward, not_on_cuda, p, where);
 }
 
 void gated_step(Object q_latent, Object k_latent, Object v_latent, Object q, Object k, Object v,
                 Object max, Object norm, Object mean, Object key, Object value, Object valid,
                 Object position, Object q_sink, Object k_sink, Object v_sink, Object sink_position,
-                Object y, double scale, double softcap, double latent_scale, int threads) {
+                Object y, double scale, double softcap, double latent_scale, Object where) {
   MacchiatoStep p;
   p.q_latent = tensor_from_torch(q_latent);
   p.latent.k = tensor_from_torch(k_latent);
@@ -209,7 +209,7 @@ void gated_step(Object q_latent, Object k_latent, Object v_latent, Object q, Obj
   p.latent.scale = latent_scale;
   p.window = step_inputs(q, k, v, key, value, valid, position, q_sink, k_sink, v_sink,
                          sink_position, y, scale, softcap);
-  call(macchiato_step, p, threads);
+  call(macchiato_step, not_on_cuda, p, where);
 }
 
 }  // namespace
@@ -224,7 +224,7 @@ void define_window(py::module_& m) {
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("q_sink"), py::arg("k_sink"),
         py::arg("v_sink"), py::arg("sink_position"), py::arg("start"), py::arg("y"),
         py::arg("log_sum"), py::arg("wide"), py::arg("window"), py::arg("past"), py::arg("causal"),
-        py::arg("scale"), py::arg("softcap"), py::arg("threads"),
+        py::arg("scale"), py::arg("softcap"), py::arg("where"),
         "Writes y, and log_sum and wide where they are not None.");
   m.def("sliding_window_backward", &backward, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("key_mask"), py::arg("cu_seqlens"), py::arg("q_sink"), py::arg("k_sink"),
@@ -232,11 +232,11 @@ void define_window(py::module_& m) {
         py::arg("wide"), py::arg("dy"), py::arg("d_log_sum"), py::arg("dq"), py::arg("dk"),
         py::arg("dv"), py::arg("dq_sink"), py::arg("dk_sink"), py::arg("dv_sink"),
         py::arg("window"), py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),
-        py::arg("threads"), "Writes dq, dk and dv, and those of the sinks if there are any.");
+        py::arg("where"), "Writes dq, dk and dv, and those of the sinks if there are any.");
   m.def("sliding_window_step", &step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("key"),
         py::arg("value"), py::arg("valid"), py::arg("position"), py::arg("q_sink"),
         py::arg("k_sink"), py::arg("v_sink"), py::arg("sink_position"), py::arg("y"),
-        py::arg("scale"), py::arg("softcap"), py::arg("threads"),
+        py::arg("scale"), py::arg("softcap"), py::arg("where"),
         "Updates the ring in place and writes y.");
   m.def("macchiato_forward", &gated_forward, py::arg("q_latent"), py::arg("k_latent"),
         py::arg("v_latent"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("latent_mask"),
@@ -245,7 +245,7 @@ void define_window(py::module_& m) {
         py::arg("sink_position"), py::arg("start"), py::arg("y"), py::arg("total"),
         py::arg("log_sum"), py::arg("wide"), py::arg("final_max"), py::arg("final_norm"),
         py::arg("final_mean"), py::arg("window"), py::arg("past"), py::arg("causal"),
-        py::arg("scale"), py::arg("softcap"), py::arg("latent_scale"), py::arg("threads"),
+        py::arg("scale"), py::arg("softcap"), py::arg("latent_scale"), py::arg("where"),
         "Writes y, total and the final state; log_sum and wide if not None.");
   m.def("macchiato_backward", &gated_backward, py::arg("q_latent"), py::arg("k_latent"),
         py::arg("v_latent"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("latent_mask"),
@@ -257,15 +257,14 @@ void define_window(py::module_& m) {
         py::arg("dk"), py::arg("dv"), py::arg("dq_sink"), py::arg("dk_sink"), py::arg("dv_sink"),
         py::arg("d_norm"), py::arg("d_mean"), py::arg("one_value"), py::arg("window"),
         py::arg("past"), py::arg("causal"), py::arg("scale"), py::arg("softcap"),
-        py::arg("latent_scale"), py::arg("threads"),
+        py::arg("latent_scale"), py::arg("where"),
         "Writes the gradients of all inputs and of the initial state.");
   m.def("macchiato_step", &gated_step, py::arg("q_latent"), py::arg("k_latent"),
         py::arg("v_latent"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("max"),
         py::arg("norm"), py::arg("mean"), py::arg("key"), py::arg("value"), py::arg("valid"),
         py::arg("position"), py::arg("q_sink"), py::arg("k_sink"), py::arg("v_sink"),
         py::arg("sink_position"), py::arg("y"), py::arg("scale"), py::arg("softcap"),
-        py::arg("latent_scale"), py::arg("threads"),
-        "Updates state and ring in place and writes y.");
+        py::arg("latent_scale"), py::arg("where"), "Updates state and ring in place and writes y.");
 }
 
 }  // namespace latte::python

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from . import __version__, _core, bench, demo, selftest
+from ._device import unusable, version_text
 from ._paths import cmake_dir
 
 
@@ -21,13 +22,30 @@ def info() -> int:
         "latte_ext": __version__,
         "instruction set": _core.cpu_isa(),
         "threads": str(torch.get_num_threads()),
-        "CUDA": "yes" if _core.cuda_built() else "no (built without it)",
+        **_cuda(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
     for name, value in rows.items():
         print(f"{name:16} {value}")
     return 0
+
+
+def _cuda() -> dict[str, str]:
+    """What is built, and what of it this machine can run."""
+    found = _core.cuda_info()
+    if not _core.cuda_built():
+        return {"CUDA": "no (built without it)"}
+    if found["emulated"]:
+        return {"CUDA": "EMULATED on the CPU, a build for tests"}
+    runtime, driver = version_text(found["runtime"]), version_text(found["driver"])
+    rows = {
+        "CUDA": f"built for {found['architectures']}; runtime {runtime}, driver {driver}",
+        "CUDA devices": "; ".join(found["devices"]) or f"none ({found['error']})",
+    }
+    if not torch.cuda.is_available() and not unusable():
+        rows["CUDA in torch"] = "no: this torch cannot make CUDA tensors"
+    return rows
 
 
 def main(argv: list[str] | None = None) -> int:

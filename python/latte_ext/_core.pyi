@@ -1,5 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
+from collections.abc import Callable
+from typing import TypedDict
+
 from torch import Tensor
+
+class Stream:
+    def __init__(self, device: int, handle: int, allocate: Callable[[int], Tensor]) -> None: ...
+
+# Threads of the CPU, or a stream of a CUDA device.
+Where = int | Stream
+
+class CudaInfo(TypedDict):
+    architectures: str
+    emulated: bool
+    runtime: int
+    driver: int
+    devices: list[str]
+    error: str
 
 def latent_attention_forward(
     q: Tensor,
@@ -16,7 +33,7 @@ def latent_attention_forward(
     final_mean: Tensor | None,
     causal: bool,
     scale: float,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def latent_attention_check(
     q: Tensor,
@@ -49,7 +66,7 @@ def latent_attention_backward(
     d_mean: Tensor | None,
     causal: bool,
     scale: float,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def latent_attention_step(
     q: Tensor,
@@ -60,7 +77,7 @@ def latent_attention_step(
     mean: Tensor,
     y: Tensor,
     scale: float,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def latent_attention_step_plain(
     q: Tensor,
@@ -80,7 +97,7 @@ def linear_recurrence_forward(
     h: Tensor,
     final: Tensor | None,
     reverse: bool,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def linear_recurrence_backward(
     a: Tensor,
@@ -93,7 +110,7 @@ def linear_recurrence_backward(
     db: Tensor,
     d_h0: Tensor | None,
     reverse: bool,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def rg_lru_forward(
     x: Tensor,
@@ -107,7 +124,7 @@ def rg_lru_forward(
     y: Tensor,
     final: Tensor | None,
     reverse: bool,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def rg_lru_backward(
     x: Tensor,
@@ -127,7 +144,7 @@ def rg_lru_backward(
     d_log_lambda: Tensor,
     d_h0: Tensor | None,
     reverse: bool,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def short_conv_forward(
     x: Tensor,
@@ -138,7 +155,7 @@ def short_conv_forward(
     y: Tensor,
     final: Tensor | None,
     causal: bool,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def short_conv_backward(
     x: Tensor,
@@ -152,7 +169,7 @@ def short_conv_backward(
     d_bias: Tensor | None,
     d_state: Tensor | None,
     causal: bool,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def linear_recurrence_check(
     a: Tensor, b: Tensor, cu_seqlens: Tensor | None, h0: Tensor | None
@@ -178,6 +195,7 @@ def short_conv_check(
 def version() -> str: ...
 def cpu_isa() -> str: ...
 def cuda_built() -> bool: ...
+def cuda_info() -> CudaInfo: ...
 def fma_rate(threads: int, seconds: float) -> float: ...
 def sliding_window_check(
     q: Tensor,
@@ -214,7 +232,7 @@ def sliding_window_forward(
     causal: bool,
     scale: float,
     softcap: float,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def sliding_window_backward(
     q: Tensor,
@@ -242,7 +260,7 @@ def sliding_window_backward(
     causal: bool,
     scale: float,
     softcap: float,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def sliding_window_step(
     q: Tensor,
@@ -259,7 +277,7 @@ def sliding_window_step(
     y: Tensor,
     scale: float,
     softcap: float,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def macchiato_forward(
     q_latent: Tensor,
@@ -292,7 +310,7 @@ def macchiato_forward(
     scale: float,
     softcap: float,
     latent_scale: float,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def macchiato_backward(
     q_latent: Tensor,
@@ -336,7 +354,7 @@ def macchiato_backward(
     scale: float,
     softcap: float,
     latent_scale: float,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def macchiato_step(
     q_latent: Tensor,
@@ -360,7 +378,7 @@ def macchiato_step(
     scale: float,
     softcap: float,
     latent_scale: float,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def rotate(
     x: Tensor,
@@ -371,7 +389,7 @@ def rotate(
     dim: int,
     interleaved: bool,
     inverse: bool,
-    threads: int,
+    where: Where,
 ) -> None: ...
 def rotate_check(
     x: Tensor, position: Tensor, rates: Tensor | None, base: float, dim: int

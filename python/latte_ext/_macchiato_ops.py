@@ -12,6 +12,7 @@ from . import _core
 from ._autograd import differentiable, in_place, once_differentiable
 from ._batching import ATTENTION
 from ._checks import check_rank
+from ._device import where
 from ._ops import empty_state
 from ._register import (
     count_sequences,
@@ -35,7 +36,7 @@ def _forward_fake(
     return y, total, log_sum, wide, *state
 
 
-def _forward_cpu(
+def _forward_kernel(
     q_latent: Tensor,
     k_latent: Tensor,
     v_latent: Tensor | None,
@@ -70,7 +71,7 @@ def _forward_cpu(
         cu_seqlens, max, norm, mean, q_sink, k_sink, v_sink, sink_position, start, y,
         y if y.dtype == wide.dtype else total, log_sum if save else None, or_none(wide), final_max,
         final_norm, final_mean, window, past, causal, scale, softcap, latent_scale,
-        torch.get_num_threads(),
+        where(q_latent),
     )  # fmt: skip
     if not save:
         log_sum.zero_()
@@ -102,7 +103,7 @@ def _backward_fake(
     )  # fmt: skip
 
 
-def _backward_cpu(
+def _backward_kernel(
     q_latent: Tensor,
     k_latent: Tensor,
     v_latent: Tensor | None,
@@ -148,7 +149,7 @@ def _backward_cpu(
         cu_seqlens, max, norm, mean, q_sink, k_sink, v_sink, sink_position, start, total, log_sum,
         wide, dy, d_final_norm, d_final_mean, dq_latent, dk_latent, dv_latent, dq, dk, dv, dq_sink,
         dk_sink, dv_sink, None if norm is None else d_norm, None if mean is None else d_mean,
-        shared, window, past, causal, scale, softcap, latent_scale, torch.get_num_threads(),
+        shared, window, past, causal, scale, softcap, latent_scale, where(q_latent),
     )  # fmt: skip
     if not shared and k_latent.shape[3] == 0:
         dv_latent.zero_()
@@ -193,7 +194,7 @@ def _step_fake(
     return step_output(q, v)
 
 
-def _step_cpu(
+def _step_kernel(
     q_latent: Tensor,
     k_latent: Tensor,
     v_latent: Tensor | None,
@@ -219,7 +220,7 @@ def _step_cpu(
     _core.macchiato_step(
         q_latent, k_latent, v if v_latent is None else v_latent, q, k, v, max, norm, mean, key,
         value, valid, position, q_sink, k_sink, v_sink, sink_position, y, scale, softcap,
-        latent_scale, torch.get_num_threads(),
+        latent_scale, where(q_latent),
     )  # fmt: skip
     mark_updated(key, value, valid, position)
     mark_updated(*(x for x in (max, norm, mean) if x is not None))
@@ -233,7 +234,7 @@ macchiato_attention = register(
     "Tensor? sink_position, Tensor? start, int window, int past, bool causal, float scale, "
     "float softcap, float latent_scale, bool save) -> (Tensor y, Tensor total, Tensor log_sum, "
     "Tensor wide, Tensor max, Tensor norm, Tensor mean)",
-    _forward_cpu, _forward_fake, differentiable(_save, _gradients), ATTENTION,
+    _forward_kernel, _forward_fake, differentiable(_save, _gradients), ATTENTION, cuda=False,
 )  # fmt: skip
 _backward = register(
     "macchiato_attention_backward(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, "
@@ -244,7 +245,7 @@ _backward = register(
     "float softcap, float latent_scale) -> (Tensor dq_latent, Tensor dk_latent, Tensor dv_latent, "
     "Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean, Tensor dq_sink, "
     "Tensor dk_sink, Tensor dv_sink)",
-    _backward_cpu, _backward_fake, once_differentiable, ATTENTION,
+    _backward_kernel, _backward_fake, once_differentiable, ATTENTION, cuda=False,
 )  # fmt: skip
 macchiato_attention_step = register(
     "macchiato_attention_step(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, "
@@ -252,5 +253,5 @@ macchiato_attention_step = register(
     "Tensor(e!) value, Tensor(f!) valid, Tensor(g!) position, Tensor? q_sink, Tensor? k_sink, "
     "Tensor? v_sink, Tensor? sink_position, float scale, float softcap, "
     "float latent_scale) -> Tensor y",
-    _step_cpu, _step_fake, in_place("cache"), ATTENTION,
+    _step_kernel, _step_fake, in_place("cache"), ATTENTION, cuda=False,
 )  # fmt: skip

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import _core
@@ -18,6 +17,7 @@ from . import _mixer_compositions as compositions
 from ._autograd import composed, differentiable, in_place, linearised
 from ._batching import CHANNELS, RECURRENCE
 from ._checks import check_cu_seqlens, check_rank, check_shape
+from ._device import where
 from ._register import (
     compute_dtype,
     count_sequences,
@@ -42,13 +42,11 @@ def _linear_fake(a: Tensor, b: Tensor, cu_seqlens: Tensor | None, *_: Any) -> tu
     return _recurrence_outputs("linear_recurrence", b, cu_seqlens)
 
 
-def _linear_cpu(
+def _linear_kernel(
     a: Tensor, b: Tensor, cu_seqlens: Tensor | None, h0: Tensor | None, reverse: bool
 ) -> tuple[Tensor, Tensor]:
     h, final = _linear_fake(a, b, cu_seqlens)
-    _core.linear_recurrence_forward(
-        a, b, cu_seqlens, h0, h, final, reverse, torch.get_num_threads()
-    )
+    _core.linear_recurrence_forward(a, b, cu_seqlens, h0, h, final, reverse, where(a))
     return h, final
 
 
@@ -57,7 +55,7 @@ def _linear_backward_fake(a: Tensor, *args: Any) -> tuple[Tensor, ...]:
     return like(a), like(dh), like_or_nothing(h0, d_final)
 
 
-def _linear_backward_cpu(
+def _linear_backward_kernel(
     a: Tensor,
     b: Tensor | None,
     h: Tensor | None,
@@ -67,15 +65,15 @@ def _linear_backward_cpu(
     d_final: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    threads = torch.get_num_threads()
+    at = where(a)
     if b is not None:
         h = like(b, compute_dtype(b))
-        _core.linear_recurrence_forward(a, b, cu_seqlens, h0, h, None, reverse, threads)
+        _core.linear_recurrence_forward(a, b, cu_seqlens, h0, h, None, reverse, at)
     assert h is not None
     outputs = _linear_backward_fake(a, b, h, cu_seqlens, h0, dh, d_final, reverse)
     da, db, d_h0 = outputs
     _core.linear_recurrence_backward(
-        a, h, cu_seqlens, h0, dh, d_final, da, db, None if h0 is None else d_h0, reverse, threads
+        a, h, cu_seqlens, h0, dh, d_final, da, db, None if h0 is None else d_h0, reverse, at
     )
     return outputs
 
@@ -99,14 +97,14 @@ def _linear_tangents(*args: Any) -> Any:
 linear_recurrence = register(
     "linear_recurrence(Tensor a, Tensor b, Tensor? cu_seqlens, Tensor? h0, bool reverse)"
     " -> (Tensor h, Tensor final)",
-    _linear_cpu, _linear_fake,
+    _linear_kernel, _linear_fake,
     differentiable(_linear_save, _linear_gradients, _linear_tangents), RECURRENCE,
 )  # fmt: skip
 _linear_backward = register(
     "linear_recurrence_backward(Tensor a, Tensor? b, Tensor? h, Tensor? cu_seqlens, Tensor? h0, "
     "Tensor dh, Tensor d_final, bool reverse) -> (Tensor da, Tensor db, Tensor d_h0)",
-    _linear_backward_cpu, _linear_backward_fake, composed(compositions.linear_recurrence_backward),
-    RECURRENCE,
+    _linear_backward_kernel, _linear_backward_fake,
+    composed(compositions.linear_recurrence_backward), RECURRENCE,
 )  # fmt: skip
 
 
@@ -121,7 +119,7 @@ def _gated_fake(
     return _recurrence_outputs("rg_lru", x, cu_seqlens)
 
 
-def _gated_cpu(
+def _gated_kernel(
     x: Tensor,
     gate_a: Tensor,
     gate_x: Tensor,
@@ -135,7 +133,7 @@ def _gated_cpu(
     y, final = _gated_fake(x, gate_a, gate_x, log_lambda, key_mask, cu_seqlens)
     _core.rg_lru_forward(
         x, gate_a, gate_x, log_lambda, key_mask, cu_seqlens, h0, fresh, y, final, reverse,
-        torch.get_num_threads(),
+        where(x),
     )  # fmt: skip
     return y, final
 
@@ -145,7 +143,7 @@ def _gated_backward_fake(*args: Any) -> tuple[Tensor, ...]:
     return *map(like, inputs), like_or_nothing(h0, d_final)
 
 
-def _gated_backward_cpu(
+def _gated_backward_kernel(
     x: Tensor,
     gate_a: Tensor,
     gate_x: Tensor,
@@ -159,12 +157,12 @@ def _gated_backward_cpu(
     d_final: Tensor,
     reverse: bool,
 ) -> tuple[Tensor, ...]:
-    threads = torch.get_num_threads()
+    at = where(x)
     if y is None:
         y = like(x, compute_dtype(x))
         _core.rg_lru_forward(
             x, gate_a, gate_x, log_lambda, key_mask, cu_seqlens, h0, fresh, y, None, reverse,
-            threads,
+            at,
         )  # fmt: skip
     outputs = _gated_backward_fake(
         x, gate_a, gate_x, log_lambda, key_mask, cu_seqlens, h0, fresh, y, dy, d_final, reverse
@@ -172,7 +170,7 @@ def _gated_backward_cpu(
     dx, d_gate_a, d_gate_x, d_log_lambda, d_h0 = outputs
     _core.rg_lru_backward(
         x, gate_a, gate_x, log_lambda, key_mask, cu_seqlens, h0, fresh, y, dy, d_final, dx,
-        d_gate_a, d_gate_x, d_log_lambda, None if h0 is None else d_h0, reverse, threads,
+        d_gate_a, d_gate_x, d_log_lambda, None if h0 is None else d_h0, reverse, at,
     )  # fmt: skip
     return outputs
 
@@ -209,7 +207,7 @@ def _gated_step_fake(
     return like(x)
 
 
-def _gated_step_cpu(
+def _gated_step_kernel(
     x: Tensor,
     gate_a: Tensor,
     gate_x: Tensor,
@@ -226,10 +224,10 @@ def _gated_step_cpu(
     return y
 
 
-def _as_step(op: str, function: Callable[..., None], *args: Any) -> None:
+def _as_step(op: str, function: Callable[..., None], x: Tensor, *args: Any) -> None:
     """A call of the core under the name of the step."""
     try:
-        function(*args, torch.get_num_threads())
+        function(x, *args, where(x))
     except (TypeError, ValueError) as error:
         raise type(error)(str(error).replace(f"[{op}]", f"[{op}_step]", 1)) from None
 
@@ -237,7 +235,7 @@ def _as_step(op: str, function: Callable[..., None], *args: Any) -> None:
 rg_lru = register(
     "rg_lru(Tensor x, Tensor gate_a, Tensor gate_x, Tensor log_lambda, Tensor? key_mask, "
     "Tensor? cu_seqlens, Tensor? h0, Tensor? fresh, bool reverse) -> (Tensor y, Tensor final)",
-    _gated_cpu, _gated_fake,
+    _gated_kernel, _gated_fake,
     differentiable(_gated_save, _gated_gradients, compositions.rg_lru), CHANNELS,
 )  # fmt: skip
 _gated_backward = register(
@@ -245,13 +243,13 @@ _gated_backward = register(
     "Tensor? cu_seqlens, Tensor? h0, Tensor? fresh, Tensor? y, Tensor dy, Tensor d_final, "
     "bool reverse)"
     " -> (Tensor dx, Tensor d_gate_a, Tensor d_gate_x, Tensor d_log_lambda, Tensor d_h0)",
-    _gated_backward_cpu, _gated_backward_fake,
+    _gated_backward_kernel, _gated_backward_fake,
     composed(compositions.rg_lru_backward, tangents=False), CHANNELS,
 )  # fmt: skip
 rg_lru_step = register(
     "rg_lru_step(Tensor x, Tensor gate_a, Tensor gate_x, Tensor log_lambda, Tensor(a!) state, "
     "Tensor? fresh) -> Tensor y",
-    _gated_step_cpu, _gated_step_fake, in_place("state"), CHANNELS,
+    _gated_step_kernel, _gated_step_fake, in_place("state"), CHANNELS,
 )  # fmt: skip
 
 
@@ -268,7 +266,7 @@ def _conv_fake(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     return like(x), x.new_empty((count_sequences(x, cu_seqlens), tail, x.shape[2]))
 
 
-def _conv_cpu(
+def _conv_kernel(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -279,7 +277,7 @@ def _conv_cpu(
     y, final = _conv_fake(x, weight, bias, cu_seqlens, state, causal)
     _core.short_conv_forward(
         x, weight, bias, cu_seqlens, state, y, final if causal else None, causal,
-        torch.get_num_threads(),
+        where(x),
     )  # fmt: skip
     return y, final
 
@@ -295,7 +293,7 @@ def _conv_backward_fake(
     return like(x), like(weight), like_or_nothing(bias, x), like_or_nothing(state, x)
 
 
-def _conv_backward_cpu(
+def _conv_backward_kernel(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -310,7 +308,7 @@ def _conv_backward_cpu(
     _core.short_conv_backward(
         x, weight, cu_seqlens, state, dy, d_final if causal else None, dx, d_weight,
         None if bias is None else d_bias, None if state is None else d_state, causal,
-        torch.get_num_threads(),
+        where(x),
     )  # fmt: skip
     return outputs
 
@@ -338,7 +336,7 @@ def _conv_step_fake(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tenso
     return like(x)
 
 
-def _conv_step_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
+def _conv_step_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
     y = _conv_step_fake(x, weight, bias, state)
     _as_step(
         "short_conv", _core.short_conv_forward,
@@ -351,16 +349,17 @@ def _conv_step_cpu(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor
 short_conv = register(
     "short_conv(Tensor x, Tensor weight, Tensor? bias, Tensor? cu_seqlens, Tensor? state, "
     "bool causal) -> (Tensor y, Tensor final)",
-    _conv_cpu, _conv_fake,
+    _conv_kernel, _conv_fake,
     differentiable(_conv_save, _conv_gradients, compositions.short_conv), CHANNELS,
 )  # fmt: skip
 _conv_backward = register(
     "short_conv_backward(Tensor x, Tensor weight, Tensor? bias, Tensor? cu_seqlens, "
     "Tensor? state, Tensor dy, Tensor d_final, bool causal)"
     " -> (Tensor dx, Tensor d_weight, Tensor d_bias, Tensor d_state)",
-    _conv_backward_cpu, _conv_backward_fake, composed(compositions.short_conv_backward), CHANNELS,
+    _conv_backward_kernel, _conv_backward_fake,
+    composed(compositions.short_conv_backward), CHANNELS,
 )  # fmt: skip
 short_conv_step = register(
     "short_conv_step(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) state) -> Tensor y",
-    _conv_step_cpu, _conv_step_fake, in_place("state"), CHANNELS,
+    _conv_step_kernel, _conv_step_fake, in_place("state"), CHANNELS,
 )  # fmt: skip

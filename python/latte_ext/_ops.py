@@ -12,6 +12,7 @@ from . import _compositions, _core
 from ._autograd import composed, differentiable, in_place
 from ._batching import ATTENTION
 from ._checks import check_cu_seqlens, check_rank
+from ._device import EMULATED, where
 from ._register import (
     compute_dtype,
     count_sequences,
@@ -43,7 +44,7 @@ def _forward_fake(
     return (y, *empty_state(v, count_sequences(q, cu_seqlens), k.shape[1], q.shape[3]))
 
 
-def _forward_cpu(
+def _forward_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -59,7 +60,7 @@ def _forward_cpu(
     y, final_max, final_norm, final_mean = outputs
     _core.latent_attention_forward(
         q, k, v, key_mask, cu_seqlens, max, norm, mean, y, final_max, final_norm,
-        final_mean, causal, scale, torch.get_num_threads(),
+        final_mean, causal, scale, where(q),
     )  # fmt: skip
     return outputs
 
@@ -78,7 +79,7 @@ def _backward_fake(
     return like(q), like(k), like(v), like_or_nothing(norm, q), like_or_nothing(mean, q)
 
 
-def _backward_cpu(
+def _backward_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -97,7 +98,7 @@ def _backward_cpu(
     d_norm, d_mean = (None, None) if norm is None else (outputs[3], outputs[4])
     _core.latent_attention_backward(
         q, k, v, key_mask, cu_seqlens, max, norm, mean, dy, d_final_norm, d_final_mean,
-        outputs[0], outputs[1], outputs[2], d_norm, d_mean, causal, scale, torch.get_num_threads(),
+        outputs[0], outputs[1], outputs[2], d_norm, d_mean, causal, scale, where(q),
     )  # fmt: skip
     return outputs
 
@@ -123,14 +124,16 @@ def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return v.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
-def _step_cpu(
+def _step_kernel(
     q: Tensor, k: Tensor, v: Tensor, max: Tensor, norm: Tensor, mean: Tensor, scale: float
 ) -> Tensor:
-    threads = torch.get_num_threads()
-    y: Tensor | None = _core.latent_attention_step_plain(q, k, v, max, norm, mean, scale, threads)
+    device = where(q)
+    y: Tensor | None = None
+    if isinstance(device, int):
+        y = _core.latent_attention_step_plain(q, k, v, max, norm, mean, scale, device)
     if y is None:  # what does not fit is refused by name
         y = _step_fake(q, k, v)
-        _core.latent_attention_step(q, k, v, max, norm, mean, y, scale, threads)
+        _core.latent_attention_step(q, k, v, max, norm, mean, y, scale, device)
     mark_updated(max, norm, mean)
     return y
 
@@ -139,7 +142,7 @@ latent_attention = register(
     "latent_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens, "
     "Tensor? max, Tensor? norm, Tensor? mean, bool causal, float scale)"
     " -> (Tensor y, Tensor max, Tensor norm, Tensor mean)",
-    _forward_cpu, _forward_fake,
+    _forward_kernel, _forward_fake,
     differentiable(_save, _gradients, _compositions.latent_attention), ATTENTION,
 )  # fmt: skip
 _backward = register(
@@ -147,12 +150,13 @@ _backward = register(
     "Tensor? cu_seqlens, Tensor? max, Tensor? norm, Tensor? mean, Tensor dy, Tensor d_final_norm, "
     "Tensor d_final_mean, bool causal, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean)",
-    _backward_cpu, _backward_fake, composed(_compositions.latent_attention_backward), ATTENTION,
+    _backward_kernel, _backward_fake,
+    composed(_compositions.latent_attention_backward), ATTENTION, cuda=False,
 )  # fmt: skip
 latent_attention_step = register(
     "latent_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) max, Tensor(b!) norm, "
     "Tensor(c!) mean, float scale) -> Tensor y",
-    _step_cpu, _step_fake, in_place("state"), ATTENTION,
+    _step_kernel, _step_fake, in_place("state"), ATTENTION,
 )  # fmt: skip
 
 
@@ -166,7 +170,7 @@ _PROBES = (
     (torch._C._autograd, "_profiler_enabled"),
     (torch.autograd.forward_ad, "_current_level"),
 )
-_CAN_BE_DIRECT = all(hasattr(module, name) for module, name in _PROBES)
+_CAN_BE_DIRECT = not EMULATED and all(hasattr(module, name) for module, name in _PROBES)
 
 
 def latent_attention_step_direct(

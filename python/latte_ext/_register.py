@@ -15,42 +15,41 @@ from torch import Tensor
 
 from ._autograd import Autograd
 from ._batching import Fold, rule
+from ._device import EMULATED, not_on_cuda, on_cuda
 
 _LIBRARY = torch.library.Library("latte_ext", "DEF")
 
 
 def register(
     schema: str,
-    cpu: Callable[..., Any],
+    kernel: Callable[..., Any],
     fake: Callable[..., Any],
     autograd: Autograd,
     folds: Sequence[Fold],
+    *,
+    cuda: bool = True,
 ) -> Any:
     """Define one operator with all its kernels; returns it.
 
     Args:
         schema: "name(arguments) -> results".
-        cpu: the kernel for CPU tensors.
+        kernel: for CPU and CUDA tensors, by `_device.where`.
         fake: allocates the results only.
         autograd: one of `_autograd`.
         folds: how vmap can be one call, see `_batching`.
+        cuda: whether latte/cuda.h has the kernel.
     """
     name = schema.partition("(")[0]
     _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
     operator = getattr(torch.ops.latte_ext, name).default
-    _LIBRARY.impl(name, cpu, "CPU")
-    _LIBRARY.impl(name, _unbuilt_cuda(name), "CUDA")
+    arguments = [argument.name for argument in operator._schema.arguments]
+    device_kernel = on_cuda(name, arguments, kernel) if cuda else not_on_cuda(name)
+    _LIBRARY.impl(name, device_kernel if EMULATED else kernel, "CPU")
+    _LIBRARY.impl(name, device_kernel, "CUDA")
     _LIBRARY.impl(name, autograd(operator, name), "Autograd")
     torch.library.register_fake(f"latte_ext::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"latte_ext::{name}", rule(operator, folds), lib=_LIBRARY)
     return operator
-
-
-def _unbuilt_cuda(name: str) -> Callable[..., Any]:
-    def raise_unbuilt(*args: Any) -> Any:
-        raise RuntimeError(f"[{name}] built without CUDA: got a CUDA tensor, expected a CPU tensor")
-
-    return raise_unbuilt
 
 
 def mark_updated(*tensors: Tensor) -> None:

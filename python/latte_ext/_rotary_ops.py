@@ -12,6 +12,7 @@ from . import _core
 from ._autograd import differentiable, linearised
 from ._batching import ROTATION
 from ._checks import check_rank
+from ._device import where
 from ._register import register
 
 
@@ -21,7 +22,7 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(x)
 
 
-def _cpu(
+def _kernel(
     x: Tensor,
     position: Tensor,
     rates: Tensor | None,
@@ -33,7 +34,7 @@ def _cpu(
     y = _fake(x)
     _core.rotate(
         x, position, rates, y, base, x.shape[3] if dim is None else dim, interleaved, inverse,
-        torch.get_num_threads(),
+        where(x),
     )  # fmt: skip
     return y
 
@@ -64,5 +65,5 @@ def _tangents(*args: Any) -> Any:
 rotate = register(
     "rotate(Tensor x, Tensor position, Tensor? rates, float base, SymInt? dim, bool interleaved, "
     "bool inverse) -> Tensor y",
-    _cpu, _fake, differentiable(_save, _gradients, _tangents, constants=("rates",)), ROTATION,
+    _kernel, _fake, differentiable(_save, _gradients, _tangents, constants=("rates",)), ROTATION,
 )  # fmt: skip

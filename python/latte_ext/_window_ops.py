@@ -19,6 +19,7 @@ from . import _core
 from ._autograd import differentiable, in_place, once_differentiable
 from ._batching import ATTENTION
 from ._checks import check_rank
+from ._device import where
 from ._register import (
     compute_dtype,
     like,
@@ -57,7 +58,7 @@ def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, 
     return window_outputs(q, v, save)
 
 
-def _forward_cpu(
+def _forward_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -78,7 +79,7 @@ def _forward_cpu(
     y, log_sum, wide = _forward_fake(q, k, v, save)
     _core.sliding_window_forward(
         q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position, start, y, log_sum,
-        or_none(wide), window, past, causal, scale, softcap, torch.get_num_threads(),
+        or_none(wide), window, past, causal, scale, softcap, where(q),
     )  # fmt: skip
     return y, log_sum, wide
 
@@ -106,7 +107,7 @@ def _backward_fake(
     return like(q), like(k), like(v), *sink_gradients(q, q_sink, k_sink, v_sink)
 
 
-def _backward_cpu(
+def _backward_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -133,7 +134,7 @@ def _backward_cpu(
     _core.sliding_window_backward(
         q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position, start, log_sum, wide,
         dy, d_log_sum, dq, dk, dv, dq_sink, dk_sink, dv_sink, window, past, causal, scale, softcap,
-        torch.get_num_threads(),
+        where(q),
     )  # fmt: skip
     return gradients
 
@@ -161,7 +162,7 @@ def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return step_output(q, v)
 
 
-def _step_cpu(
+def _step_kernel(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -179,7 +180,7 @@ def _step_cpu(
     y = _step_fake(q, k, v)
     _core.sliding_window_step(
         q, k, v, key, value, valid, position, q_sink, k_sink, v_sink, sink_position, y, scale,
-        softcap, torch.get_num_threads(),
+        softcap, where(q),
     )  # fmt: skip
     mark_updated(key, value, valid, position)
     return y
@@ -190,7 +191,7 @@ sliding_window_attention = register(
     "Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, Tensor? sink_position, Tensor? start, "
     "int window, int past, bool causal, float scale, float softcap, bool save)"
     " -> (Tensor y, Tensor log_sum, Tensor wide)",
-    _forward_cpu, _forward_fake, differentiable(_save, _gradients), ATTENTION,
+    _forward_kernel, _forward_fake, differentiable(_save, _gradients), ATTENTION, cuda=False,
 )  # fmt: skip
 _backward = register(
     "sliding_window_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, "
@@ -198,11 +199,11 @@ _backward = register(
     "Tensor? start, Tensor log_sum, Tensor wide, Tensor dy, Tensor? d_log_sum, int window, "
     "int past, bool causal, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv, "
     "Tensor dq_sink, Tensor dk_sink, Tensor dv_sink)",
-    _backward_cpu, _backward_fake, once_differentiable, ATTENTION,
+    _backward_kernel, _backward_fake, once_differentiable, ATTENTION, cuda=False,
 )  # fmt: skip
 sliding_window_attention_step = register(
     "sliding_window_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, "
     "Tensor(c!) valid, Tensor(d!) position, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
     "Tensor? sink_position, float scale, float softcap) -> Tensor y",
-    _step_cpu, _step_fake, in_place("cache"), ATTENTION,
+    _step_kernel, _step_fake, in_place("cache"), ATTENTION, cuda=False,
 )  # fmt: skip

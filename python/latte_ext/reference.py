@@ -106,14 +106,14 @@ def merge_all(max: Tensor, norm: Tensor, mean: Tensor) -> StateTensors:
 
 def summary(k: Tensor, v: Tensor, *, scale: float, key_mask: Tensor | None) -> StateTensors:
     """The state that `latent_attention` leaves of k (B,Hk,T,L) and v (B,Hk,T,D), T >= 0."""
-    with _autocast_disabled(k.device):
-        _, k, v = _prepare(k[:, :, :0], k, v, scale, key_mask)
+    with autocast_disabled(k.device):
+        _, k, v = prepare(k[:, :, :0], k, v, scale, key_mask)
         return _summary(k, v)
 
 
 def read(q: Tensor, mean: Tensor, *, scale: float) -> Tensor:
     """sum over l of p(l|t) mean[l] (B,H,T,D) for logits q (B,H,T,L) and mean (B,Hk,L,D)."""
-    with _autocast_disabled(q.device):
+    with autocast_disabled(q.device):
         return _read(softmax(q.to(mean.dtype) * scale, dim=-1), mean)
 
 

@@ -13,11 +13,26 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "latte/export.h"
 #include "latte/latte.h"
 
 namespace latte::cuda {
+
+struct Info {
+  std::string architectures;  // that the kernels are compiled for, as CMake names them
+  bool emulated = false;      // a build for tests: the host's memory stands for a device's
+  int runtime = 0;            // versions, 1000 major + 10 minor
+  int driver = 0;             // 0: none is installed
+  std::vector<std::string> devices;
+  std::string error;  // why there is no device
+};
+LATTE_EXPORT Info info();
+
+// Makes `device` the current one of the calling thread.
+LATTE_EXPORT void set_device(int device);
 
 // Workspace that the same call needs, in bytes (alignment is arranged inside). It depends on
 // shapes, strides and types alone, not on the device. 0: `workspace` may be null.

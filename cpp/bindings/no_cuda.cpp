@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+// latte/cuda.h for a module that is built without it.
+#include "latte/cuda.h"
+
+namespace latte::cuda {
+namespace {
+
+constexpr const char* kUnbuilt = "built without CUDA";
+
+[[noreturn]] void fail() { throw Error(Error::Kind::runtime, std::string("[cuda] ") + kUnbuilt); }
+
+}  // namespace
+
+int64_t workspace_bytes(const LatentAttentionForward&) { fail(); }
+int64_t workspace_bytes(const LatentAttentionStep&) { fail(); }
+int64_t workspace_bytes(const LinearRecurrenceForward&) { fail(); }
+int64_t workspace_bytes(const LinearRecurrenceBackward&) { fail(); }
+int64_t workspace_bytes(const RgLruForward&) { fail(); }
+int64_t workspace_bytes(const RgLruBackward&) { fail(); }
+int64_t workspace_bytes(const ShortConvForward&) { fail(); }
+int64_t workspace_bytes(const ShortConvBackward&) { fail(); }
+int64_t workspace_bytes(const Rotate&) { fail(); }
+
+void latent_attention_forward(const LatentAttentionForward&, void*, void*) { fail(); }
+void latent_attention_step(const LatentAttentionStep&, void*, void*) { fail(); }
+void linear_recurrence_forward(const LinearRecurrenceForward&, void*, void*) { fail(); }
+void linear_recurrence_backward(const LinearRecurrenceBackward&, void*, void*) { fail(); }
+void rg_lru_forward(const RgLruForward&, void*, void*) { fail(); }
+void rg_lru_backward(const RgLruBackward&, void*, void*) { fail(); }
+void short_conv_forward(const ShortConvForward&, void*, void*) { fail(); }
+void short_conv_backward(const ShortConvBackward&, void*, void*) { fail(); }
+void rotate(const Rotate&, void*, void*) { fail(); }
+
+Info info() {
+  Info none;
+  none.error = kUnbuilt;
+  return none;
+}
+void set_device(int) { fail(); }
+
+}  // namespace latte::cuda
