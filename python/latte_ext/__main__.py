@@ -41,10 +41,10 @@ def _cuda() -> dict[str, str]:
     runtime, driver = version_text(found["runtime"]), version_text(found["driver"])
     rows = {
         "CUDA": f"built for {found['architectures']}; runtime {runtime}, driver {driver}",
-        "CUDA devices": "; ".join(found["devices"]) or f"none ({found['error']})",
+        "devices": "; ".join(found["devices"]) or f"none ({found['error']})",
     }
     if not torch.cuda.is_available() and not unusable():
-        rows["CUDA in torch"] = "no: this torch cannot make CUDA tensors"
+        rows["CUDA of torch"] = "none: this torch cannot make CUDA tensors"
     return rows
 
 

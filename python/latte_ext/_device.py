@@ -15,6 +15,8 @@ from . import _core
 
 # A build for tests, in which CPU tensors stand for CUDA tensors: `-DLATTE_CUDA=EMULATED`.
 EMULATED = _core.cuda_info()["emulated"]
+# The operators that have a CUDA kernel.
+KERNELS: set[str] = set()
 
 
 def where(x: Tensor) -> _core.Where:
@@ -33,6 +35,7 @@ def where(x: Tensor) -> _core.Where:
 
 def on_cuda(name: str, arguments: Sequence[str], kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel of an operator behind the checks of a device: RuntimeError by name."""
+    KERNELS.add(name)
 
     def run(*args: Any) -> Any:
         reason = unusable()

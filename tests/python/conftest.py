@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that every Python test runs under."""
+"""Settings that every Python test runs under, and the devices that some of them run on."""
 
 import os
 from collections.abc import Generator, Iterator
@@ -9,6 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
+from latte_ext._device import EMULATED, KERNELS, unusable
 from support_matrix import Matrix
 
 # Differences between torch versions that no code here can avoid: (filter, reason).
@@ -26,7 +27,25 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
+# What cuBLAS needs for deterministic results; read when it starts.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+if EMULATED:
+    DEVICES = [pytest.param("cpu", id="emulated", marks=pytest.mark.cuda)]
+else:
+    DEVICES = [pytest.param("cpu", id="cpu")]
+HAS_DEVICE = torch.cuda.is_available() and not unusable()
+if HAS_DEVICE and not EMULATED:
+    DEVICES.append(pytest.param("cuda", id="cuda", marks=pytest.mark.cuda))
+collect_ignore = [] if HAS_DEVICE else ["test_cuda_streams.py"]
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "cuda: runs CUDA kernels, on a device or emulated")
+    config.addinivalue_line(
+        "markers",
+        "devices(double=True, gradient=None): runs on every device; without float64 there if not "
+        "double, and only where that operator has a CUDA kernel",
+    )
     config.addinivalue_line("markers", "slow: takes more than five seconds")
     config.addinivalue_line("markers", "supports(feature, *operators): a cell of docs/support.md")
     config.addinivalue_line("filterwarnings", "error")
@@ -71,8 +90,43 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         session.config.stash[MATRIX].write(path, torch.__version__)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if metafunc.definition.get_closest_marker("devices"):
+        metafunc.parametrize("device", DEVICES, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out what a device cannot do, so that it is neither passed nor skipped."""
+    kept = [item for item in items if not item.get_closest_marker("cuda") or _can_run(item)]
+    if len(kept) < len(items):
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
+
+
+def _can_run(item: pytest.Item) -> bool:
+    marker = item.get_closest_marker("devices")
+    if marker is None:
+        return True
+    operator = marker.kwargs.get("gradient")
+    values = item.callspec.params.values()  # type: ignore[attr-defined]
+    double = marker.kwargs.get("double", True) or torch.float64 not in list(values)
+    return double and (operator is None or operator in KERNELS)
+
+
 @pytest.fixture(autouse=True)
-def fixed_surroundings() -> Iterator[None]:
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where tensors are made, for tests marked `devices` each of DEVICES in turn."""
+    name = getattr(request, "param", "cpu")
+    if name == "cpu":
+        yield name
+        return
+    torch.set_default_device(name)
+    yield name
+    torch.set_default_device(None)
+
+
+@pytest.fixture(autouse=True)
+def fixed_surroundings(device: str) -> Iterator[None]:
     """Seeds, two threads and poisoned memory for every test, whatever ran before it.
 
     In deterministic mode torch fills the memory of torch.empty, empty_like, new_empty and

@@ -9,14 +9,15 @@ import latte_ext
 import pytest
 import torch
 from latte_ext import __main__ as command
-from latte_ext import selftest
+from latte_ext import _core, selftest
 
 
 def test_info_names_what_a_report_needs(capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["info"]) == 0
-    rows = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[2:5])
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line[:16].strip(): line[17:] for line in lines}
     assert rows["threads"] == str(torch.get_num_threads())
-    assert rows["CUDA"].startswith("no")
+    assert rows["CUDA"].startswith("built for" if _core.cuda_built() else "no (built without it)")
     assert rows["torch"] == torch.__version__
 
 

@@ -35,6 +35,7 @@ SIZES = [(LENGTHS[5 * i % 12], CHANNELS[i]) for i in range(15)]
 SIZES += [(LENGTHS[i], CHANNELS[(4 * i + 1) % 13]) for i in range(12)]
 
 
+@pytest.mark.devices
 @OP
 @pytest.mark.parametrize(("tokens", "channels"), SIZES)
 def test_sizes(op: str, tokens: int, channels: int) -> None:
@@ -42,6 +43,7 @@ def test_sizes(op: str, tokens: int, channels: int) -> None:
     check(make_call(op, tokens, channels))
 
 
+@pytest.mark.devices
 @OP
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 @pytest.mark.parametrize("state", [False, True])
@@ -50,6 +52,7 @@ def test_dtypes(op: str, dtype: torch.dtype, state: bool) -> None:
     check(make_call(op, 70, 64, dtype=dtype, state=state))
 
 
+@pytest.mark.devices
 @OP
 def test_mixed_dtypes(op: str) -> None:
     """Each input has its own half precision or float32, as autocast leaves them."""
@@ -63,6 +66,7 @@ def test_mixed_dtypes(op: str) -> None:
         check(call)
 
 
+@pytest.mark.devices
 @OP
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize(
@@ -89,6 +93,7 @@ def test_packed(op: str, lengths: tuple[int, ...], state: bool) -> None:
                 assert torch.equal(packed[name][:, rows], want), name
 
 
+@pytest.mark.devices
 @OP
 def test_many_sequences(op: str) -> None:
     """More than there are groups of them."""
@@ -96,6 +101,7 @@ def test_many_sequences(op: str) -> None:
     check(make_call(op, channels=5, lengths=(1, 2, 0) * 100, state=True))
 
 
+@pytest.mark.devices
 @RECURRENCE
 def test_reverse(op: str) -> None:
     for options in ({}, {"state": True}, {"lengths": (5, 0, 1, 9), "state": True}):
@@ -110,6 +116,7 @@ def test_reverse(op: str) -> None:
         assert torch.equal(got, want), name
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("width", range(1, 9))
 def test_widths(width: int, causal: bool) -> None:
@@ -133,6 +140,7 @@ def test_conv_is_torchs(width: int, causal: bool) -> None:
 # States ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("cut", [0, 1, 2, 5, 30])
 @pytest.mark.parametrize(
     ("op", "reverse"), [*((op, False) for op in OPS), *((op, True) for op in OPS[:2])]
@@ -158,6 +166,7 @@ def test_whole_is_any_split(op: str, cut: int, reverse: bool) -> None:
     assert torch.equal(last, final)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rg_lru_steps(dtype: torch.dtype) -> None:
     call = make_call("rg_lru", 12, 18, dtype=dtype)
@@ -175,6 +184,7 @@ def test_rg_lru_steps(dtype: torch.dtype) -> None:
     assert torch.equal(again, rg_lru(*more, log_lambda, h0=final)[:, 0])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("width", [1, 2, 4, 8])
 def test_conv_steps(width: int, dtype: torch.dtype) -> None:
@@ -189,6 +199,7 @@ def test_conv_steps(width: int, dtype: torch.dtype) -> None:
     assert torch.equal(step, short_conv(x[:, :1], weight, state=final)[:, 0])
 
 
+@pytest.mark.devices
 def test_fresh() -> None:
     """A fresh sequence starts here, the others go on."""
     call = make_call("rg_lru", 9, 18, state=True)
@@ -204,6 +215,7 @@ def test_fresh() -> None:
 # rg_lru ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("state", [False, True])
 @pytest.mark.parametrize("lengths", [None, (7, 0, 30)])
@@ -226,6 +238,7 @@ def test_masked_tokens_are_absent(
         assert torch.equal(solution["final"], solve(short)["final"])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("decay", [-20.0, -12.0, -6.0, 0.0, 3.0, 30.0])
 @pytest.mark.parametrize("gate", [-90.0, -30.0, -3.0, 3.0, 30.0, 200.0])
 def test_extreme_gates(decay: float, gate: float) -> None:
@@ -236,6 +249,7 @@ def test_extreme_gates(decay: float, gate: float) -> None:
     check(call)
 
 
+@pytest.mark.devices
 def test_square_root_is_bounded() -> None:
     """Without decay the derivative of the square root is 1000, not infinite."""
     x, gate_x, log_lambda = torch.ones(1, 2, 1), torch.zeros(1, 2, 1), torch.full((1,), -60.0)
@@ -249,6 +263,7 @@ def test_square_root_is_bounded() -> None:
     )
 
 
+@pytest.mark.devices
 def test_slow_decay_keeps_its_digits() -> None:
     """1 - a^2 of a = 1 - 1e-7, which float32 would round to zero or twice its value."""
     x = torch.ones(1, 2, 1)
@@ -294,6 +309,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.devices
 @OP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -303,6 +319,7 @@ def test_layouts(op: str, layout: str, dtype: torch.dtype) -> None:
         check(call.map(lambda x: LAYOUTS[layout](x) if x.dim() == 3 else x))
 
 
+@pytest.mark.devices
 @OP
 def test_strided_parameters_and_states(op: str) -> None:
     call = make_call(op, 21, 19, state=True)
@@ -369,6 +386,7 @@ def test_cut_sequences(op: str, lengths: tuple[int, ...], reverse: bool) -> None
     assert not torch.equal(cut[values], whole[values])
 
 
+@pytest.mark.devices
 def test_cut_masked_sequence() -> None:
     call = make_call("rg_lru", 9000, 9, batch=1, masked=True)
     call.options["key_mask"][:, :5000] = False
@@ -404,6 +422,7 @@ GRADCHECK: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize(
     ("feature", "op"), [(feature, op) for feature, (_, ops) in GRADCHECK.items() for op in ops]
 )
@@ -433,6 +452,7 @@ def test_reference_gradients_twice(op: str) -> None:
     assert torch.autograd.gradgradcheck(function, leaves)
 
 
+@pytest.mark.devices
 @OP
 def test_gradient_from_one_output(op: str) -> None:
     """The cotangents that are missing count as zero."""
@@ -452,6 +472,7 @@ def test_gradient_from_one_output(op: str) -> None:
         assert_same(got, want, call)
 
 
+@pytest.mark.devices
 @OP
 def test_changed_inputs_are_noticed(op: str) -> None:
     call = make_call(op)
@@ -466,6 +487,7 @@ def test_changed_inputs_are_noticed(op: str) -> None:
 # NaN and infinity --------------------------------------------------------------------------------
 
 
+@pytest.mark.devices
 @OP
 def test_nan_stays_in_its_channel_and_future(op: str) -> None:
     for name in [n for n, x in make_call(op).inputs.items() if x.dim() == 3]:
@@ -477,6 +499,7 @@ def test_nan_stays_in_its_channel_and_future(op: str) -> None:
         assert torch.equal(y.isnan(), expected), name
 
 
+@pytest.mark.devices
 @OP
 def test_nan_in_one_packed_sequence(op: str) -> None:
     call = make_call(op, channels=18, lengths=(5, 9, 6))
@@ -491,6 +514,7 @@ def test_nan_in_one_packed_sequence(op: str) -> None:
             assert torch.equal(dirty[name][:, 14:], want[:, 14:]), name
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("name", ["x", "gate_a", "gate_x", "log_lambda"])
 def test_non_finite_values_as_in_the_reference(name: str, value: float) -> None:
@@ -516,6 +540,7 @@ def test_no_state_unless_asked(op: str) -> None:
     assert isinstance(getattr(latte_ext, op)(**call.inputs), Tensor)
 
 
+@pytest.mark.devices
 @OP
 @pytest.mark.parametrize("batch", [0, 1])
 def test_nothing(op: str, batch: int) -> None:
@@ -523,6 +548,7 @@ def test_nothing(op: str, batch: int) -> None:
     check(make_call(op, 4, 5, batch=0, state=True))
 
 
+@pytest.mark.devices
 def test_recurrence_of_any_factor() -> None:
     """Growing, alternating and vanishing factors, compared step by step."""
     a = torch.tensor([2.0, -1.5, 0.0, 1.0, -0.5]).repeat(1, 40, 1)
@@ -536,6 +562,7 @@ def test_recurrence_of_any_factor() -> None:
     )
 
 
+@pytest.mark.devices
 def test_options_are_independent() -> None:
     """Every combination of state, packing, mask and direction."""
     flags = itertools.product([False, True], repeat=4)

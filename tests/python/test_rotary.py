@@ -42,6 +42,12 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+def options_of(option: str) -> dict[str, Any]:
+    """OPTIONS with its tensors on the device under test."""
+    device = torch.get_default_device()
+    return {n: x.to(device) if isinstance(x, Tensor) else x for n, x in OPTIONS[option].items()}
+
+
 def ramp(*first: int, tokens: int = T) -> Tensor:
     return torch.tensor(first)[:, None] + torch.arange(tokens)
 
@@ -64,16 +70,18 @@ def check(x: Tensor, position: Tensor, **options: Any) -> Tensor:
     return y.detach()
 
 
+@pytest.mark.devices
 @OPTION
 @DTYPE
 def test_against_reference(option: str, dtype: torch.dtype) -> None:
     x = torch.randn(B, H, T, D).to(dtype)
-    check(x, positions(T, offset=-4), **OPTIONS[option])
-    y = check(x, ramp(-1000, 70), **OPTIONS[option])
+    check(x, positions(T, offset=-4), **options_of(option))
+    y = check(x, ramp(-1000, 70), **options_of(option))
     dim = OPTIONS[option].get("dim", D)
     assert torch.equal(y[..., dim:], x[..., dim:])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [2, 30, 32, 64, 66, 128])
 def test_widths(dim: int, interleaved: bool) -> None:
@@ -91,6 +99,7 @@ VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("view", VIEWS)
 @DTYPE
@@ -101,12 +110,14 @@ def test_strides(view: str, dtype: torch.dtype, interleaved: bool) -> None:
     check(x, wide, rates=rates, interleaved=interleaved)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("shape", [(0, H, T, D), (B, 0, T, D), (B, H, 0, D), (B, H, T, 0)])
 def test_empty(shape: tuple[int, ...]) -> None:
     assert check(torch.randn(shape), positions(shape[2])).shape == shape
     assert check(torch.randn(shape), torch.zeros(shape[0], shape[2]).long()).shape == shape
 
 
+@pytest.mark.devices
 @DTYPE
 def test_infinities_and_nan(dtype: torch.dtype) -> None:
     """Where the reference has them, and nowhere else."""
@@ -124,6 +135,7 @@ def test_infinities_and_nan(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.devices
 @DTYPE
 @pytest.mark.parametrize("position", [1_000_003, -1_000_003, 1_700_000, 1 << 40])
 def test_far_positions(position: int, dtype: torch.dtype) -> None:
@@ -154,6 +166,7 @@ def test_token_by_token_and_thread_by_thread() -> None:
         assert torch.equal(rotate(x[:, :, part], position[:, part]), y[:, :, part])
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("dim", [None, 4, 0])
 def test_rotation(interleaved: bool, dim: int | None) -> None:
@@ -191,13 +204,14 @@ def test_positions() -> None:
 # Inside torch ------------------------------------------------------------------------------------
 
 
+@pytest.mark.devices
 @OPTION
 def test_gradients(option: str) -> None:
     """To any order: the gradient is a rotation, too."""
     x = torch.randn(B, 1, 3, D, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor) -> Tensor:
-        return rotate(x, ramp(2, -6, tokens=3), **OPTIONS[option])
+        return rotate(x, ramp(2, -6, tokens=3), **options_of(option))
 
     assert torch.autograd.gradcheck(function, (x,), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, (x,), fast_mode=True)

@@ -18,6 +18,7 @@ from helpers import (
 from latte_ext import LatentState, latent_attention, latent_attention_step
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("tokens", [0, 1, 70])
 def test_state_argument_is_not_changed(tokens: int) -> None:
     """Neither by the call nor through the returned state."""
@@ -43,6 +44,7 @@ STEP_CASES: dict[str, dict[str, object]] = {
 }
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("latents", "dim"), [(1, 1), (7, 17), (16, 64), (43, 43), (65, 33)])
 @pytest.mark.parametrize("case", STEP_CASES)
@@ -74,6 +76,7 @@ def test_steps_equal_forward(case: str, latents: int, dim: int, dtype: torch.dty
     assert_same_solution(actual, expected, problem)
 
 
+@pytest.mark.devices
 def test_step_in_a_strided_state() -> None:
     """A slice of a larger state is updated where it lies and nothing else is touched."""
     problem = make_problem(10, 16, 4, heads=4, kv_heads=2, seed=3)
@@ -105,6 +108,7 @@ def test_step_in_a_strided_state() -> None:
         assert not torch.equal(new, old)
 
 
+@pytest.mark.devices
 @pytest.mark.parametrize("thread_count", [1, 2])
 def test_step_threads(thread_count: int) -> None:
     problem = make_problem(64, 64, 3, batch=16, heads=8, initial_state=True)

@@ -15,6 +15,7 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
+import pytest
 import torch
 from helpers import (
     Attention,
@@ -23,6 +24,7 @@ from helpers import (
     assert_same_solution,
     library_attention,
     make_problem,
+    on_cuda,
     random_mask,
     solve,
     threads,
@@ -54,7 +56,7 @@ def problems(
         batch=draw(st.integers(1, 3)),
         heads=kv_heads * draw(st.integers(1, 2)),
         kv_heads=kv_heads,
-        dtype=draw(DTYPES),
+        dtype=torch.float32 if on_cuda() else draw(DTYPES),
         causal=causal,
         initial_state=causal and draw(st.booleans()),
         spread=draw(st.sampled_from([0.1, 1.0, 20.0])),
@@ -108,6 +110,7 @@ def merged_at(cut: int) -> Attention:
     return attention
 
 
+@pytest.mark.devices
 @SETTINGS
 @given(problem=problems(causal=True), data=st.data())
 def test_t1_split_anywhere(problem: Problem, data: st.DataObject) -> None:
@@ -119,6 +122,7 @@ def test_t1_split_anywhere(problem: Problem, data: st.DataObject) -> None:
     assert_same_solution(solve(problem, split_at(cuts)), solve(problem), problem)
 
 
+@pytest.mark.devices
 @SETTINGS
 @given(problem=problems(causal=True), data=st.data())
 def test_t1_merge(problem: Problem, data: st.DataObject) -> None:
@@ -127,6 +131,7 @@ def test_t1_merge(problem: Problem, data: st.DataObject) -> None:
     assert_same_solution(solve(problem, merged_at(cut)), solve(problem), problem)
 
 
+@pytest.mark.devices
 @SETTINGS
 @given(problem=problems(causal=True, max_tokens=20))
 def test_t1_token_by_token(problem: Problem) -> None:
@@ -226,13 +231,14 @@ def masked(
     return torch.where(key_mask[:, None, :, None], y, 0), final
 
 
+@pytest.mark.devices
 @SETTINGS
 @given(problem=problems(), side=st.sampled_from(["left", "right", "scattered", "all"]), seed=SEEDS)
 def test_t3_masked_is_absent(problem: Problem, side: str, seed: int) -> None:
     batch, _, tokens, _ = problem.q.shape
-    lengths = torch.randint(
-        0, tokens + 1, (batch, 1), generator=torch.Generator().manual_seed(seed)
-    )
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(0, tokens + 1, (batch, 1), generator=generator, device="cpu")
+    lengths = lengths.to(torch.get_default_device())
     positions = torch.arange(tokens)
     key_mask = {
         "left": positions >= tokens - lengths,
