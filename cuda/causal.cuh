@@ -54,7 +54,7 @@ class CausalBlock {
   __device__ __forceinline__ void walk(int64_t t, const Stage<Shape>& s) {
     find_extremes(m_, s, logits_);
     __syncthreads();
-    if (__syncthreads_or(choose_frames(m_))) return walk_rows(t, s);
+    if (__syncthreads_or(choose_frames(m_, s, logits_))) return walk_rows(t, s);
     find_weights(m_, s, logits_);
     enter_frame(m_);
     state_.scale(m_);

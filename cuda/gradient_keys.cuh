@@ -190,7 +190,7 @@ class KeyGradientBlock {
       });
       find_extremes(m_, s, form_);
       __syncthreads();
-      if (__syncthreads_or(choose_frames(m_))) return walk_rows(t, s);
+      if (__syncthreads_or(choose_frames(m_, s, form_))) return walk_rows(t, s);
       sum_.share(m_);
     }
     find_weights(m_, s, form_);

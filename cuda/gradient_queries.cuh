@@ -51,8 +51,10 @@ class QueryGradientRows {
         p.c[h][c] *= dp.c[h][c];
         along[c / 2] += p.c[h][c];
       }
-      to.product.store_vectors<Factor>(t_, 16 * i, rows, product);
-      if (w_.slice == 0) to.r.store_vectors<Factor>(t_, 16 * i, rows, r);
+      if constexpr (Shape::kHasKeys) {
+        to.product.store_vectors<Factor>(t_, 16 * i, rows, product);
+        if (w_.slice == 0) to.r.store_vectors<Factor>(t_, 16 * i, rows, r);
+      }
       if (!a_.whole) to.dq.store_tile(t_, 16 * i, rows, p);
       if constexpr (Shape::kHasSum) spread(i, r, product);
     }
@@ -261,7 +263,7 @@ class QueryGradientBlock {
     if constexpr (Shape::kHasKeys) {
       find_extremes(m_, s, form_);
       __syncthreads();
-      const bool is_wide = choose_frames(m_);
+      const bool is_wide = choose_frames(m_, s, form_);
       note_border(chunk);
       if (__syncthreads_or(is_wide)) return walk_rows(t, s);
       find_weights(m_, s, form_);

@@ -190,12 +190,14 @@ __device__ __forceinline__ void find_extremes(const SharedMemory<Shape>& m, cons
 }
 
 // Frames and decays of the own latents. True if the normaliser of some row may be below e^-60 in
-// the frame: no finite running maximum is below that of the start and the smallest key.
+// the frame: the lowest running maximum is that of the first row, or where that is still empty, not
+// below the smallest key.
 template <class Shape>
-__device__ __forceinline__ bool choose_frames(const SharedMemory<Shape>& m) {
+__device__ __forceinline__ bool choose_frames(const SharedMemory<Shape>& m, const Stage<Shape>& s,
+                                              const Logits& a) {
   bool is_wide = false;
   for_own_latents<Shape>([&](int l) {
-    const float before = m.maximum()[l];
+    const float before = m.maximum()[l], first = fmaxf(before, key_at(s, 0, l, a));
     float after = before, low = kInfinity;
 #pragma unroll
     for (int w = 0; w < 4; ++w) {
@@ -204,7 +206,7 @@ __device__ __forceinline__ bool choose_frames(const SharedMemory<Shape>& m) {
     }
     m.frame()[l] = after;
     m.decay()[l] = expf(before - reference_of(after));
-    is_wide |= after - fmaxf(before, low) > kMaxRange;
+    is_wide |= after - (first > -kInfinity ? first : low) > kMaxRange;
   });
   return is_wide;
 }

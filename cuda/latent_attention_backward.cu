@@ -104,15 +104,16 @@ class BackwardPlan {
   }
   void place_factors(Workspace& workspace) {
     const Problem& p = problem_;
+    if (sizes_.latent_slices > 1)
+      args_.softmax = {workspace.take<float>(2 * rows()),
+                       {2 * p.heads * p.tokens, 2 * p.tokens, 2, 1}};
+    if (!p_.causal) return;
     args_.padded = static_cast<int>(round_up(p.latents, 8));
     args_.r = take_factors(workspace, 1);
     args_.product = take_factors(workspace, sizes_.slices);
     args_.border_chunks = ceil_div(p.tokens, kChunk);
     const int64_t chunks = p.batch * args_.border_chunks + p.sequences * sizes_.key_parts;
-    if (p_.causal) args_.borders = workspace.take<float>(chunks * p.heads * p.latents);
-    if (sizes_.latent_slices > 1)
-      args_.softmax = {workspace.take<float>(2 * rows()),
-                       {2 * p.heads * p.tokens, 2 * p.tokens, 2, 1}};
+    args_.borders = workspace.take<float>(chunks * p.heads * p.latents);
   }
 
   GradientView take_gradients(Workspace& workspace, int64_t count) const {

@@ -1,0 +1,201 @@
+// SPDX-License-Identifier: Apache-2.0
+// What only the CUDA backward pass has, beside the cases of tests/cpp/test_backward.cpp: slices,
+// segments, schedules, budgets; against the float64 oracle of tests/cpp.
+#include <gtest/gtest.h>
+
+#include "cuda/attention_plan.h"
+#include "cuda/emulation/cuda_emulation.h"
+#include "problem.h"
+
+namespace testing_latte {
+namespace {
+
+namespace emulation = latte::emulation;
+
+constexpr DType kDeviceTypes[] = {DType::float32, DType::bfloat16, DType::float16};
+
+// Every kernel, with one slice of L and D and several, whole vectors and not.
+TEST(Gradient, Slices) {
+  unsigned seed = 0;
+  for (const DType dtype : kDeviceTypes)
+    for (const int64_t latents : {16, 32, 64, 70, 128, 250})
+      for (const int64_t dim : {16, 64, 130})
+        for (const bool causal : {true, false}) {
+          Case c;
+          c.tokens = 66, c.latents = latents, c.dim = dim;
+          c.causal = causal, c.initial = causal && seed % 2, c.seed = ++seed;
+          c.set_type(dtype);
+          Call(c).check_backward();
+        }
+}
+
+// A latent's maximum jumps in the middle of a chunk: below and above the range of the products.
+TEST(Gradient, Jumps) {
+  for (const DType dtype : kDeviceTypes)
+    for (const double jump : {20.0, 58.0, 62.0, 150.0, 1e4})
+      for (const int64_t latents : {40, 129}) {
+        Case c;
+        c.tokens = 140, c.latents = latents, c.dim = latents == 40 ? 33 : 70, c.initial = true;
+        c.set_type(dtype);
+        Call call(c);
+        for (int64_t t = 90; t < c.tokens; ++t)
+          for (int64_t l = 0; l < c.latents; l += 3) {
+            const int64_t i = t * c.latents + l;
+            call.k.set(i, call.k.get(i) + jump);
+          }
+        SCOPED_TRACE(jump);
+        call.check_backward();
+      }
+}
+
+// The jump hides behind a key that is not there: that row sees the state before the chunk alone.
+TEST(Gradient, JumpsBehindAnAbsentKey) {
+  for (const DType dtype : kDeviceTypes)
+    for (const bool masked : {true, false}) {
+      Case c;
+      c.tokens = 130, c.latents = 6, c.dim = 7, c.initial = true, c.masked = masked;
+      c.set_type(dtype);
+      Call call(c);
+      for (int64_t t = 64; t < c.tokens; ++t) {
+        if (masked) call.mask.set(t, t > 65);
+        for (int64_t i = t * c.latents; i < (t + 1) * c.latents; ++i)
+          call.k.set(i, t > 65 ? i % 7 + 200.0 : -kInfinity);
+        for (int64_t i = t * c.dim; i < (t + 1) * c.dim; ++i) call.v.set(i, i % 5 - 2.0);
+      }
+      call.check_backward();
+    }
+}
+
+// Sequences long enough to be cut, alone and packed, with keys that leave segments empty.
+TEST(Gradient, Segments) {
+  unsigned seed = 0;
+  for (const DType dtype : kDeviceTypes)
+    for (const Keys keys : {Keys::normal, Keys::jumps, Keys::infinite, Keys::falling})
+      for (const bool causal : {true, false})
+        for (const bool packed : {true, false}) {
+          Case c;
+          c.tokens = 600, c.latents = 9, c.dim = 19, c.heads = 2, c.kv_heads = packed ? 1 : 2;
+          c.keys = keys, c.causal = causal, c.initial = causal && seed % 3 != 0;
+          c.masked = packed, c.states = seed % 4 != 1, c.seed = ++seed;
+          if (packed) c.borders = {0, 3, 3, 540, 600};
+          c.set_type(dtype);
+          Call(c).check_backward();
+        }
+}
+
+// Segments, slices and heads that share keys, all at once.
+TEST(Gradient, SegmentsOfSlices) {
+  for (const DType dtype : kDeviceTypes)
+    for (const bool causal : {true, false}) {
+      Case c;
+      c.tokens = 520, c.latents = 130, c.dim = 70, c.heads = 2, c.kv_heads = 1;
+      c.causal = causal, c.initial = causal;
+      c.set_type(dtype);
+      Call(c).check_backward();
+    }
+}
+
+// Blocks and threads in other orders leave every bit as it is.
+TEST(Gradient, AnySchedule) {
+  const emulation::Options before = emulation::options();
+  for (const DType dtype : kDeviceTypes)
+    for (const Keys keys : {Keys::normal, Keys::jumps})
+      for (const bool causal : {true, false}) {
+        Case c;
+        c.tokens = 140, c.latents = 65, c.dim = 70, c.heads = 2, c.keys = keys, c.causal = causal;
+        c.initial = causal;
+        c.set_type(dtype);
+        emulation::options().shuffle = false;
+        Call in_order(c);
+        in_order.check_backward();
+        for (uint64_t seed = 1; seed <= 5; ++seed) {
+          emulation::options() = {true, seed, 2, before.multiprocessors};
+          Call shuffled(c);
+          shuffled.backward();
+          EXPECT_EQ(shuffled.output_bytes(), in_order.output_bytes()) << "seed " << seed;
+        }
+      }
+  emulation::options() = before;
+}
+
+// Borders on the device are not checked: whatever they are, nothing outside is touched.
+TEST(Gradient, WrongBordersStayInside) {
+  Case c;
+  c.tokens = 70, c.borders = {0, 30, 70}, c.initial = true;
+  Call call(c);
+  call.borders.set(0, -5), call.borders.set(1, 900), call.borders.set(2, 40);
+  call.backward();
+  EXPECT_TRUE(call.dq.intact() && call.dk.intact() && call.dv.intact() && call.d_initial.intact());
+}
+
+// docs/gpu.md has the budget: q, k, v, dy once for dq and the factors, then k, v, dy and the
+// factors for dk and dv.
+TEST(Gradient, MovesTheBytesOfItsBudget) {
+  for (const DType dtype : kDeviceTypes) {
+    Case c;
+    c.batch = 2, c.tokens = 200, c.latents = 64, c.dim = 64, c.states = false;
+    c.set_type(dtype);
+    Call call(c);
+    emulation::reset_counters();
+    call.backward();
+    const emulation::Counters counters = emulation::counters();
+    const uint64_t rows = 2 * 200 * 64, size = element_size(dtype);
+    const uint64_t factor = dtype == DType::bfloat16 ? 2 : 4;
+    const uint64_t borders = 2 * 4 * 64 * sizeof(float);
+    EXPECT_EQ(counters.async_bytes, rows * (4 * size + 3 * size + 2 * factor));
+    EXPECT_EQ(counters.load_bytes, borders);
+    EXPECT_EQ(counters.store_bytes, rows * (3 * size + 2 * factor) + borders);
+    EXPECT_EQ(counters.ldmatrix_conflicts, 0u);
+    EXPECT_GT(counters.mma, 0u);
+  }
+}
+
+// Without a causal order: q and dy for dq and the sum over queries, k and v for the state, then
+// for dk and dv.
+TEST(Gradient, MovesTheBytesOfItsBidirectionalBudget) {
+  for (const DType dtype : kDeviceTypes) {
+    Case c;
+    c.batch = 2, c.tokens = 200, c.latents = 64, c.dim = 64, c.states = false, c.causal = false;
+    c.set_type(dtype);
+    Call call(c);
+    emulation::reset_counters();
+    call.backward();
+    const emulation::Counters counters = emulation::counters();
+    const uint64_t rows = 2 * 200 * 64, size = element_size(dtype);
+    EXPECT_EQ(counters.async_bytes, rows * 6 * size);
+    EXPECT_EQ(counters.load_bytes, 0u);
+    EXPECT_EQ(counters.store_bytes, rows * 3 * size);
+    EXPECT_EQ(counters.ldmatrix_conflicts, 0u);
+  }
+}
+
+void expect_error(latte::Error::Kind kind, const std::string& text, const Case& c) {
+  try {
+    latte::cuda::workspace_bytes(Call(c).backward_params());
+    ADD_FAILURE() << "accepted, expected: " << text;
+  } catch (const latte::Error& error) {
+    EXPECT_EQ(error.kind, kind);
+    EXPECT_EQ(error.what(), text);
+  }
+}
+
+TEST(Gradient, Errors) {
+  Case c;
+  c.set_type(DType::float64);
+  expect_error(latte::Error::Kind::type,
+               "[latent_attention_backward] q has dtype float64, expected float32, bfloat16 or "
+               "float16 on CUDA",
+               c);
+  c = Case();
+  c.dim = 257;
+  expect_error(latte::Error::Kind::value,
+               "[latent_attention_backward] q, v have 5 latents and 257 channels, expected at "
+               "most 256 of each on CUDA",
+               c);
+  c = Case();
+  EXPECT_THROW(latte::cuda::latent_attention_backward(Call(c).backward_params(), nullptr, nullptr),
+               latte::Error);
+}
+
+}  // namespace
+}  // namespace testing_latte
