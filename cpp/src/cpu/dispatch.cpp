@@ -2,6 +2,9 @@
 // Which instruction set runs: the best one of this machine, or the one that LATTE_CPU_ISA names.
 #include <cstdlib>
 #include <string>
+#if defined(LATTE_X86_LEVELS)
+#include <cpuid.h>
+#endif
 
 #include "cpu/kernels.h"
 
@@ -21,6 +24,14 @@ const cpu::KernelTable& table();
 namespace cpu {
 namespace {
 
+#if defined(LATTE_X86_LEVELS)
+// Clang's __builtin_cpu_supports does not know "f16c".
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+#endif
+
 struct Candidate {
   const KernelTable* table;
   bool supported;
@@ -34,7 +45,7 @@ const KernelTable& choose() {
                              __builtin_cpu_supports("avx512dq") &&
                              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma")},
       {&isa_v3::table(), __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                             __builtin_cpu_supports("f16c") && __builtin_cpu_supports("bmi2")},
+                             __builtin_cpu_supports("bmi2") && has_f16c()},
 #endif
       {&isa_baseline::table(), true},
   };

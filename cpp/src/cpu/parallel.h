@@ -6,7 +6,9 @@
 
 #if defined(LATTE_OPENMP)
 #include <omp.h>
+#if !defined(_WIN32)
 #include <pthread.h>
+#endif
 #endif
 
 namespace latte::cpu {
@@ -20,8 +22,10 @@ inline bool& in_forked_child() {
   return forked;
 }
 inline void watch_forks() {
+#if !defined(_WIN32)  // which has no fork()
   static const int registered = pthread_atfork(nullptr, nullptr, [] { in_forked_child() = true; });
   (void)registered;
+#endif
 }
 #else
 inline constexpr bool kThreaded = false;
