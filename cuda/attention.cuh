@@ -4,21 +4,12 @@
 #pragma once
 
 #include "cuda/attention_plan.h"
+#include "cuda/head_rows.cuh"
 #include "cuda/rows.cuh"
 #include "cuda/state.cuh"
 #include "cuda/tile.cuh"
 
 namespace latte::cuda {
-
-// A (B,heads,T,C) tensor.
-struct HeadRows {
-  void* data = nullptr;
-  DType dtype = DType::float32;
-  int64_t stride_b = 0, stride_h = 0, stride_t = 0, stride_c = 0;
-  // 16 bytes at a time from an input in the kernel's type, 8 to an output; else one element.
-  bool vectors = false;
-  int64_t stride_partial = 0;  // between partial sums of the same element
-};
 
 // How logits count: times a scale, and so many of a block's latents.
 struct Logits {
@@ -97,9 +88,9 @@ __device__ __forceinline__ Slice slice_of(const HeadRows& rows, const Work& w, i
 template <class E>
 inline constexpr int kPadding = 16 / sizeof(E);
 
-// The chunk's rows [t, t + kChunk) of kWidth channels into shared memory, zeros where there is
-// nothing or `is_used(row)` is false. Vectors arrive asynchronously.
-template <class E, int kWidth, class Used>
+// The rows [t, t + kRows) of kWidth channels into shared memory, zeros where there is nothing or
+// `is_used(row)` is false. Vectors arrive asynchronously.
+template <class E, int kWidth, int kRows = kChunk, class Used>
 __device__ __forceinline__ void load_rows(E* to, const Slice& from, int64_t t, Used is_used) {
   constexpr int kStride = kWidth + kPadding<E>;
   const int64_t stride_t = from.rows.stride_t;
@@ -111,7 +102,7 @@ __device__ __forceinline__ void load_rows(E* to, const Slice& from, int64_t t, U
     const int c = static_cast<int>(threadIdx.x) % kVectors * kPer;
     const E* const data = static_cast<const E*>(from.rows.data) + from.first;
 #pragma unroll 1
-    for (int row = static_cast<int>(threadIdx.x) / kVectors; row < kChunk; row += kStep) {
+    for (int row = static_cast<int>(threadIdx.x) / kVectors; row < kRows; row += kStep) {
       const bool valid = c < from.width && is_used(row);
       async_copy_16(to + row * kStride + c, valid ? data + (t + row) * stride_t + c : data, valid);
     }
@@ -121,7 +112,7 @@ __device__ __forceinline__ void load_rows(E* to, const Slice& from, int64_t t, U
     using S = typename decltype(type)::type;
     const S* const data = static_cast<const S*>(from.rows.data) + from.first;
 #pragma unroll 1
-    for (int i = threadIdx.x; i < kChunk * kWidth; i += kAttentionThreads) {
+    for (int i = threadIdx.x; i < kRows * kWidth; i += kAttentionThreads) {
       const int row = i / kWidth, c = i % kWidth;
       const bool valid = c < from.width && is_used(row);
       const S* const at = data + (t + row) * stride_t + c * from.rows.stride_c;
@@ -235,8 +226,8 @@ __device__ __forceinline__ float quotient(float a, float b) {
 }
 
 // Over all lanes of a warp.
-template <class F>
-__device__ __forceinline__ float across_warp(float x, F combine) {
+template <class T, class F>
+__device__ __forceinline__ T across_warp(T x, F combine) {
 #pragma unroll
   for (int lanes = 1; lanes < 32; lanes *= 2) x = combine(x, __shfl_xor_sync(~0u, x, lanes));
   return x;

@@ -22,17 +22,6 @@ inline StateView take_states(Workspace& workspace, int64_t count, const Problem&
   return out;
 }
 
-inline HeadRows head_rows(const Tensor& t, bool vectors) {
-  return {t.data, t.dtype, t.stride[0], t.stride[1], t.stride[2], t.stride[3], vectors};
-}
-inline HeadRows input_rows(const Tensor& t, DType kernel_type) {
-  return head_rows(
-      t, t.dtype == kernel_type && aligned(t, 16) && t.shape[3] * element_size(t.dtype) % 16 == 0);
-}
-inline HeadRows output_rows(const Tensor& t) {
-  return head_rows(t, aligned(t, 8) && t.shape[3] % 4 == 0);
-}
-
 // Types that differ meet in float32, which holds them all.
 inline DType kernel_type_of(std::initializer_list<DType> dtypes) {
   for (const DType dtype : dtypes)

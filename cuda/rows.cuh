@@ -64,6 +64,7 @@ class Sequences {
     is_wide_ = cu_seqlens.dtype == DType::int64;
   }
   __device__ __forceinline__ int64_t count() const { return count_; }
+  __device__ __forceinline__ bool is_packed() const { return borders_ != nullptr; }
 
   // Whatever the borders are, it lies inside of the tensor: nobody has checked them.
   __device__ __forceinline__ Range range(int64_t n) const {

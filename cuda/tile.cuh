@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of 16 x 16 tiles on tensor cores, float32 accumulators.
 //
-// Bf16Product rounds its factors to bfloat16. Tf32Product<1> keeps the 11 bits that float16 has,
-// with the exponents of float32: the weights of float16 logits do not fit in float16.
+// HalfProduct rounds its factors to bfloat16 or float16. Tf32Product<1> keeps the 11 bits that
+// float16 has, with the exponents of float32: the weights of float16 logits do not fit in float16.
 // Tf32Product<3> adds the products with both remainders and reaches float32 accuracy.
 //
 // Operands come from shared memory: "rows" is a tile stored as it is used, "columns" its transpose.
@@ -76,8 +76,9 @@ __device__ __forceinline__ Tile load_tile(const E* from, int stride) {
   return tile;
 }
 
-struct Bf16Product {
-  using Factor = __nv_bfloat16;
+template <class Half>
+struct HalfProduct {
+  using Factor = Half;
   struct Left {
     uint32_t x[4];
   };
@@ -87,7 +88,7 @@ struct Bf16Product {
   static constexpr bool kExact = false;
 
   __device__ static __forceinline__ float rounded(float x) {
-    return __bfloat162float(__float2bfloat16_rn(x));
+    return to_compute(from_compute<Factor>(x));
   }
   __device__ static __forceinline__ Left left(const Tile& tile) {
     Left a;
@@ -261,7 +262,7 @@ struct ProductOf {
 };
 template <>
 struct ProductOf<__nv_bfloat16> {
-  using type = Bf16Product;
+  using type = HalfProduct<__nv_bfloat16>;
 };
 
 }  // namespace latte::cuda

@@ -45,6 +45,9 @@ LATTE_EXPORT int64_t workspace_bytes(const RgLruForward& params);
 LATTE_EXPORT int64_t workspace_bytes(const RgLruBackward& params);
 LATTE_EXPORT int64_t workspace_bytes(const ShortConvForward& params);
 LATTE_EXPORT int64_t workspace_bytes(const ShortConvBackward& params);
+LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowForward& params);
+LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowBackward& params);
+LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowStep& params);
 LATTE_EXPORT int64_t workspace_bytes(const Rotate& params);
 
 LATTE_EXPORT void latent_attention_forward(const LatentAttentionForward& params, void* workspace,
@@ -63,6 +66,12 @@ LATTE_EXPORT void short_conv_forward(const ShortConvForward& params, void* works
 LATTE_EXPORT void short_conv_backward(const ShortConvBackward& params, void* workspace,
                                       void* stream);
 LATTE_EXPORT void state_merge(const StateMerge& params, void* stream);
+LATTE_EXPORT void sliding_window_forward(const SlidingWindowForward& params, void* workspace,
+                                         void* stream);
+LATTE_EXPORT void sliding_window_backward(const SlidingWindowBackward& params, void* workspace,
+                                          void* stream);
+LATTE_EXPORT void sliding_window_step(const SlidingWindowStep& params, void* workspace,
+                                      void* stream);
 LATTE_EXPORT void rotate(const Rotate& params, void* workspace, void* stream);
 
 }  // namespace latte::cuda

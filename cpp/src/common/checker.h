@@ -116,9 +116,12 @@ class BaseChecker {
                                    ", expected 1 with cu_seqlens");
     if (borders < 1)
       fail(Error::Kind::value, "cu_seqlens has 0 elements, expected the number of sequences + 1");
-    if (memory_ == Memory::host) rising(cu_seqlens, tokens);
+    if (reads_values()) rising(cu_seqlens, tokens);
     return borders - 1;
   }
+
+ protected:
+  bool reads_values() const { return memory_ == Memory::host; }
 
  private:
   // From 0 to the number of tokens.

@@ -99,7 +99,7 @@ class Checker : public BaseChecker {
   void positions(const char* name, const Tensor& t, int64_t sequences) const {
     shape(name, t, {sequences}, "(sequences,)");
     dtype(name, t, {DType::int64});
-    for (int64_t n = 0; n < sequences; ++n) {
+    for (int64_t n = 0; n < sequences && reads_values(); ++n) {
       const int64_t position = static_cast<const int64_t*>(t.data)[n * t.stride[0]];
       if (position < 0)
         fail(Kind::value, std::string(name) + "[" + std::to_string(n) + "] is " +
@@ -415,20 +415,20 @@ void validate_latents(const Checker& check, const Params& p, WindowProblem& prob
 
 }  // namespace
 
-WindowProblem validate(const SlidingWindowForward& p) {
-  return validate_forward(Checker("sliding_window_attention"), p);
+WindowProblem validate(const SlidingWindowForward& p, Memory memory) {
+  return validate_forward(Checker("sliding_window_attention", memory), p);
 }
 
-WindowProblem validate(const SlidingWindowBackward& p) {
-  return validate_backward(Checker("sliding_window_attention_backward"), p);
+WindowProblem validate(const SlidingWindowBackward& p, Memory memory) {
+  return validate_backward(Checker("sliding_window_attention_backward", memory), p);
 }
 
-WindowProblem validate(const SlidingWindowStep& p) {
-  return validate_step(Checker("sliding_window_attention_step"), p);
+WindowProblem validate(const SlidingWindowStep& p, Memory memory) {
+  return validate_step(Checker("sliding_window_attention_step", memory), p);
 }
 
-WindowProblem validate(const MacchiatoForward& p) {
-  const Checker check("macchiato_attention");
+WindowProblem validate(const MacchiatoForward& p, Memory memory) {
+  const Checker check("macchiato_attention", memory);
   WindowProblem problem = validate_forward(check, p.window);
   validate_latents(check, p, problem);
   validate_rows(check, "latent.y", p.latent.y, problem, {compute_dtype(problem.is_double)});
@@ -436,8 +436,8 @@ WindowProblem validate(const MacchiatoForward& p) {
   return problem;
 }
 
-WindowProblem validate(const MacchiatoBackward& p) {
-  const Checker check("macchiato_attention_backward");
+WindowProblem validate(const MacchiatoBackward& p, Memory memory) {
+  const Checker check("macchiato_attention_backward", memory);
   WindowProblem problem = validate_backward(check, p.window);
   validate_latents(check, p, problem);
   const DType compute = compute_dtype(problem.is_double);
@@ -452,8 +452,8 @@ WindowProblem validate(const MacchiatoBackward& p) {
   return problem;
 }
 
-WindowProblem validate(const MacchiatoStep& p) {
-  const Checker check("macchiato_attention_step");
+WindowProblem validate(const MacchiatoStep& p, Memory memory) {
+  const Checker check("macchiato_attention_step", memory);
   WindowProblem problem = validate_step(check, p.window);
   check.rank("q_latent", p.q_latent, 3, "(sequences, heads, 1 + latents)");
   check.rank("k_latent", p.latent.k, 3, "(sequences, latent heads, latents)");

@@ -13,7 +13,7 @@ struct Problem {
   bool is_double = false;
 };
 
-// Where the tensors lie: the values of cu_seqlens are checked on the host only.
+// Where the tensors lie: the values of cu_seqlens and of positions are checked on the host only.
 // Kernels of a device bound what they read there.
 enum class Memory { host, device };
 
@@ -26,12 +26,12 @@ struct WindowProblem {
   bool is_double = false;
 };
 
-WindowProblem validate(const SlidingWindowForward& params);
-WindowProblem validate(const SlidingWindowBackward& params);
-WindowProblem validate(const SlidingWindowStep& params);
-WindowProblem validate(const MacchiatoForward& params);
-WindowProblem validate(const MacchiatoBackward& params);
-WindowProblem validate(const MacchiatoStep& params);
+WindowProblem validate(const SlidingWindowForward& params, Memory memory = Memory::host);
+WindowProblem validate(const SlidingWindowBackward& params, Memory memory = Memory::host);
+WindowProblem validate(const SlidingWindowStep& params, Memory memory = Memory::host);
+WindowProblem validate(const MacchiatoForward& params, Memory memory = Memory::host);
+WindowProblem validate(const MacchiatoBackward& params, Memory memory = Memory::host);
+WindowProblem validate(const MacchiatoStep& params, Memory memory = Memory::host);
 
 Problem validate(const LatentAttentionForward& params, Memory memory = Memory::host);
 Problem validate(const LatentAttentionBackward& params, Memory memory = Memory::host);
