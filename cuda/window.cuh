@@ -31,22 +31,27 @@ struct WindowArgs {
   int pieces = 1, slices = 1;    // of the queries of sinks; of the channels of dk and dv
 };
 
-// The queries and keys of a sequence, and the first row that a block owns of either.
+// The queries of a sequence, and the first row that a block owns of these or of the keys.
 struct WindowTile {
-  int64_t sequence, batch, first_query, first_key, tokens, keys, begin;
-  int head, kv_head;
+  int sequence, batch, head, kv_head;
+  int64_t first, tokens, begin;  // first: row of q
+
+  __device__ __forceinline__ int64_t keys(const WindowArgs& a) const { return tokens + a.past; }
+  __device__ __forceinline__ int64_t first_key(const WindowArgs& a) const {
+    return a.sequences.is_packed() ? first + sequence * a.past : 0;
+  }
 };
 
 __device__ __forceinline__ WindowTile sequence_tile(const WindowArgs& a, int64_t sequence, int head,
                                                     int heads) {
   const Range range = a.sequences.range(sequence);
-  WindowTile w;
-  w.sequence = sequence, w.batch = range.batch, w.begin = 0;
-  w.first_query = range.first, w.tokens = range.tokens;
-  w.first_key = a.sequences.is_packed() ? range.first + sequence * a.past : 0;
-  w.keys = range.tokens + a.past;
-  w.head = head, w.kv_head = head / (heads / a.kv_heads);
-  return w;
+  return {static_cast<int>(sequence),
+          static_cast<int>(range.batch),
+          head,
+          head / (heads / a.kv_heads),
+          range.first,
+          range.tokens,
+          0};
 }
 
 enum class Side { queries, keys };
@@ -73,7 +78,7 @@ __device__ __forceinline__ bool find_tile(const WindowArgs& a, int64_t block, in
   }
   w = sequence_tile(a, low, static_cast<int>(head), heads);
   w.begin = (slot - first_slot) * kOwnRows;
-  return w.begin >= 0 && w.begin < (kSide == Side::keys ? w.keys : w.tokens);
+  return w.begin >= 0 && w.begin < (kSide == Side::keys ? w.keys(a) : w.tokens);
 }
 
 struct Clip {
@@ -112,9 +117,9 @@ __device__ __forceinline__ bool sees_sink(const WindowArgs& a, const WindowTile&
 }
 
 __device__ __forceinline__ bool is_key(const WindowArgs& a, const WindowTile& w, int64_t key) {
-  return key < w.keys &&
+  return key < w.keys(a) &&
          (!a.key_mask ||
-          a.key_mask[w.batch * a.mask_stride_b + (w.first_key + key) * a.mask_stride_s]);
+          a.key_mask[w.batch * a.mask_stride_b + (w.first_key(a) + key) * a.mask_stride_s]);
 }
 
 // Rows of one head from row `first` on, and channel `channel` of `channels`.
@@ -217,7 +222,7 @@ class KeyStream {
 
   __device__ __forceinline__ Slice rows_of_head(const HeadRows& rows, int channels) const {
     return rows_from(rows, kSinks ? w_.sequence : w_.batch, w_.kv_head,
-                     (kSinks ? 0 : w_.first_key) + from_, channels);
+                     (kSinks ? 0 : w_.first_key(a_)) + from_, channels);
   }
 
   const WindowArgs& a_;
@@ -232,7 +237,7 @@ template <class Shape>
 __device__ __forceinline__ KeyStream<Shape, false> window_keys(const WindowArgs& a,
                                                                const WindowTile& w) {
   const int64_t first = a.past + w.begin, last = a.past + least(w.begin + kOwnRows, w.tokens);
-  return {a, w, most(first - a.before, 0), least(last + a.after, w.keys)};
+  return {a, w, most(first - a.before, 0), least(last + a.after, w.keys(a))};
 }
 template <class Shape>
 __device__ __forceinline__ KeyStream<Shape, true> all_sinks(const WindowArgs& a,

@@ -144,7 +144,7 @@ class WindowQueryGradient : WindowGradientBlock<Shape, Side::queries> {
   __device__ __forceinline__ void run() {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      const int64_t t = w_.begin + row_ + tile_row(2 * r), at = w_.first_query + t;
+      const int64_t t = w_.begin + row_ + tile_row(2 * r), at = w_.first + t;
       const bool there = t < w_.tokens;
       this->log_sum_[r] =
           there ? load_number<float>(a_.log_sum, w_.batch, w_.head, at) : -kInfinity;
@@ -179,7 +179,7 @@ class WindowQueryGradient : WindowGradientBlock<Shape, Side::queries> {
     this->store(to, w_.tokens - w_.begin - row_, this->first_, a_.scale);
   }
   __device__ __forceinline__ Slice own_rows(const HeadRows& rows, int channels) const {
-    return rows_from(rows, w_.batch, w_.head, w_.first_query + w_.begin, channels);
+    return rows_from(rows, w_.batch, w_.head, w_.first + w_.begin, channels);
   }
 };
 
@@ -198,7 +198,7 @@ class WindowKeyGradient : WindowGradientBlock<Shape, Side::keys> {
       const int64_t size = ceil_div(w_.tokens, a_.pieces);
       from_ = least(piece * size, w_.tokens), to_ = least(from_ + size, w_.tokens);
     } else {
-      const int64_t last = least(w_.begin + kOwnRows, w_.keys);
+      const int64_t last = least(w_.begin + kOwnRows, w_.keys(a_));
       from_ = most(w_.begin - a_.past - a_.after, 0);
       to_ = least(last - a_.past + a_.before, w_.tokens);
     }
@@ -225,11 +225,10 @@ class WindowKeyGradient : WindowGradientBlock<Shape, Side::keys> {
   }
 
  private:
-  __device__ __forceinline__ int64_t own_count() const { return kSinks ? a_.sinks : w_.keys; }
   __device__ __forceinline__ Slice own_rows(const HeadRows& rows, int channels, int channel,
                                             int row) const {
     return rows_from(rows, kSinks ? w_.sequence : w_.batch, w_.head,
-                     (kSinks ? 0 : w_.first_key) + w_.begin + row, channels, channel);
+                     (kSinks ? 0 : w_.first_key(a_)) + w_.begin + row, channels, channel);
   }
 
   __device__ __forceinline__ void load_own() {
@@ -248,7 +247,7 @@ class WindowKeyGradient : WindowGradientBlock<Shape, Side::keys> {
   __device__ __forceinline__ void load(int64_t tile, int g, int64_t query) const {
     const WindowStage<Shape> s = m_.stage(tile);
     const int head = w_.head * (a_.heads / a_.kv_heads) + g;
-    const int64_t first = w_.first_query + query;
+    const int64_t first = w_.first + query;
     const auto is_query = [&](int row) { return query + row < to_; };
     load_rows<E, Shape::C, kStreamed>(
         s.first, rows_from(kSinks ? a_.q_sink : a_.q, w_.batch, head, first, a_.key_dim), 0,
@@ -268,7 +267,7 @@ class WindowKeyGradient : WindowGradientBlock<Shape, Side::keys> {
   }
 
   __device__ __forceinline__ void store_rows() {
-    const int64_t rows = w_.keys - w_.begin - row_;
+    const int64_t rows = w_.keys(a_) - w_.begin - row_;
     if (channel_ < a_.key_dim)
       this->store(own_rows(a_.dk, a_.key_dim, channel_, row_), rows, this->first_, a_.scale);
     if (channel_ >= a_.dim) return;

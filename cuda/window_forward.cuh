@@ -34,9 +34,9 @@ class WindowForwardBlock {
   template <bool kSinks>
   __device__ __forceinline__ void walk(const HeadRows& q, const KeyStream<Shape, kSinks>& keys) {
     if (keys.tiles() < 1) return;
-    load_rows<E, C, kOwnRows>(
-        m_.own(), rows_from(q, w_.batch, w_.head, w_.first_query + w_.begin, a_.key_dim), 0,
-        [&](int row) { return w_.begin + row < w_.tokens; });
+    load_rows<E, C, kOwnRows>(m_.own(),
+                              rows_from(q, w_.batch, w_.head, w_.first + w_.begin, a_.key_dim), 0,
+                              [&](int row) { return w_.begin + row < w_.tokens; });
     keys.load(0);
     walk_chunks<Shape::kStages>(
         keys.tiles(), [&](int64_t tile) { keys.load(tile); },
@@ -135,7 +135,7 @@ class WindowForwardBlock {
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (tile_row(2 * r) < rows)
-          store_number(a_.log_sum, w_.batch, w_.head, w_.first_query + first + tile_row(2 * r),
+          store_number(a_.log_sum, w_.batch, w_.head, w_.first + first + tile_row(2 * r),
                        log_sum[r]);
     scale_rows(norm_);
     write(a_.wide, rows);
@@ -151,7 +151,7 @@ class WindowForwardBlock {
   }
 
   __device__ __forceinline__ Slice own_rows(const HeadRows& rows) const {
-    return rows_from(rows, w_.batch, w_.head, w_.first_query + w_.begin + row_, a_.dim);
+    return rows_from(rows, w_.batch, w_.head, w_.first + w_.begin + row_, a_.dim);
   }
   __device__ __forceinline__ void write(const HeadRows& to, int64_t rows) {
     if (!to.data) return;
@@ -166,7 +166,7 @@ class WindowForwardBlock {
 #pragma unroll 1
     for (int row = 0; row < 16 && row < rows; ++row) {
       const Shares<float> shares =
-          shares_of<float>(a_.gate, w_.batch, w_.head, w_.first_query + w_.begin + row_ + row);
+          shares_of<float>(a_.gate, w_.batch, w_.head, w_.first + w_.begin + row_ + row);
 #pragma unroll
       for (int r = 0; r < 2; ++r)
         if (row == tile_row(2 * r)) share[r] = shares.share, rest[r] = shares.rest;

@@ -51,9 +51,12 @@ struct WriteSinkGradient {
     const int64_t width = key_dim + dim, row = c / width;
     const int channel = static_cast<int>(c % width);
     const int64_t n = row / sinks / kv_heads, h = row / sinks % kv_heads, i = row % sinks;
-    const bool is_key = channel < key_dim;
-    write<float>(is_key ? dk : dv, n, h, i, is_key ? channel : channel - key_dim,
-                 static_cast<float>(sum));
+    // Two calls: a choice between members would put them on the stack.
+    if (channel < key_dim) {
+      write<float>(dk, n, h, i, channel, static_cast<float>(sum));
+    } else {
+      write<float>(dv, n, h, i, channel - key_dim, static_cast<float>(sum));
+    }
   }
 };
 

@@ -156,7 +156,7 @@ TEST(Window, StepsAreOneMoreToken) {
       latte::SlidingWindowStep p;
       p.q = row(call.q), p.k = row(call.k), p.v = row(call.v), p.y = y.tensor();
       p.ring = {key.tensor(), value.tensor(), valid.tensor(), position.tensor()};
-      p.scale = WindowCall::kScale;
+      p.scale = c.scale;
       run(backend::sliding_window_step, p, 2);
       Vector expected;
       for (int64_t h = 0; h < c.batch * c.heads; ++h)

@@ -27,7 +27,7 @@ constexpr DType kExactType = kTestsCuda ? DType::float32 : DType::float64;
 struct WindowCase {
   int64_t batch = 2, heads = 4, kv_heads = 2, tokens = 70, past = 0, key_dim = 5, dim = 6;
   int64_t window = 17;
-  double softcap = 0;
+  double scale = 0.4, softcap = 0;
   // With `placed` sinks have positions, and the sequences begin at positions of their own.
   int64_t sinks = 0;
   bool causal = true, masked = false, placed = false;
@@ -150,7 +150,6 @@ class WindowCall {
     for (int64_t i = 0; i < a.size(); ++i) a.set(i, normal(random_));
   }
 
-  static constexpr double kScale = 0.4;
   const WindowCase c;
   Array q, k, v, mask, borders, y, wide, log_sum, dy, d_log_sum, dq, dk, dv;
   Array q_sink, k_sink, v_sink, position, start, dq_sink, dk_sink, dv_sink;
@@ -190,7 +189,7 @@ class WindowCall {
     const auto add = [&](bool is_sink, int64_t key_row) {
       double x = 0;
       for (int64_t i = 0; i < c.key_dim; ++i)
-        x += kScale * (is_sink ? q_sink : q).get(row * c.key_dim + i) *
+        x += c.scale * (is_sink ? q_sink : q).get(row * c.key_dim + i) *
              (is_sink ? k_sink : k).get(key_row * c.key_dim + i);
       if (c.softcap > 0) x = c.softcap * std::tanh(x / c.softcap);
       all.push_back({is_sink, key_row, x, c.softcap > 0 ? 1 - x * x / (c.softcap * c.softcap) : 1});
@@ -236,7 +235,7 @@ class WindowCall {
     for (size_t j = 0; j < all.size(); ++j) {
       const Seen& s = all[j];
       const double ds =
-          kScale * std::exp(s.logit - e.log_sum[row]) * (slope[j] - along) * s.slope_of_cap;
+          c.scale * std::exp(s.logit - e.log_sum[row]) * (slope[j] - along) * s.slope_of_cap;
       for (int64_t i = 0; i < c.key_dim; ++i) {
         const int64_t of_query = row * c.key_dim + i, of_key = s.row * c.key_dim + i;
         (s.is_sink ? e.dq_sink : e.dq)[of_query] += ds * (s.is_sink ? k_sink : k).get(of_key);
@@ -252,7 +251,7 @@ class WindowCall {
     p.q_sink = q_sink.tensor(), p.k_sink = k_sink.tensor(), p.v_sink = v_sink.tensor();
     p.sink_position = position.tensor(), p.start = start.tensor();
     p.window = c.window, p.past = c.past, p.causal = c.causal;
-    p.scale = kScale, p.softcap = c.softcap;
+    p.scale = c.scale, p.softcap = c.softcap;
   }
 
   std::mt19937 random_{1};
