@@ -15,8 +15,7 @@ constexpr const char* kStep = "macchiato_attention_step";
 Tensor behind_gate(const Tensor& t) {
   const int64_t last = t.rank - 1;
   Tensor columns = t;
-  if (t.data)
-    columns.data = static_cast<char*>(t.data) + t.stride[last] * element_size(t.dtype);
+  if (t.data) columns.data = static_cast<char*>(t.data) + t.stride[last] * element_size(t.dtype);
   columns.shape[last] -= 1;
   return columns;
 }

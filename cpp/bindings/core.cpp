@@ -80,7 +80,7 @@ void backward(const py::object& q, const py::object& k, const py::object& v,
   p.d_initial = state(py::none(), d_norm, d_mean);
   p.causal = causal;
   p.scale = scale;
-  call(latent_attention_backward, not_on_cuda, p, where);
+  call(latent_attention_backward, cuda::latent_attention_backward, p, where);
 }
 
 void step(const py::object& q, const py::object& k, const py::object& v, const py::object& max,

@@ -96,7 +96,7 @@ void forward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, O
   p.y = tensor_from_torch(y);
   p.log_sum = tensor_from_torch(log_sum);
   p.wide = tensor_from_torch(wide);
-  call(sliding_window_forward, not_on_cuda, p, where);
+  call(sliding_window_forward, cuda::sliding_window_forward, p, where);
 }
 
 void backward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, Object q_sink,
@@ -104,7 +104,7 @@ void backward(Object q, Object k, Object v, Object key_mask, Object cu_seqlens, 
               Object wide, Object dy, Object d_log_sum, Object dq, Object dk, Object dv,
               Object dq_sink, Object dk_sink, Object dv_sink, int64_t window, int64_t past,
               bool causal, double scale, double softcap, Object where) {
-  call(sliding_window_backward, not_on_cuda,
+  call(sliding_window_backward, cuda::sliding_window_backward,
        window_gradient(window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink,
                                      sink_position, start, window, past, causal, scale, softcap),
                        log_sum, wide, dy, d_log_sum, dq, dk, dv, dq_sink, dk_sink, dv_sink),
@@ -133,7 +133,7 @@ SlidingWindowStep step_inputs(Object q, Object k, Object v, Object key, Object v
 void step(Object q, Object k, Object v, Object key, Object value, Object valid, Object position,
           Object q_sink, Object k_sink, Object v_sink, Object sink_position, Object y, double scale,
           double softcap, Object where) {
-  call(sliding_window_step, not_on_cuda,
+  call(sliding_window_step, cuda::sliding_window_step,
        step_inputs(q, k, v, key, value, valid, position, q_sink, k_sink, v_sink, sink_position, y,
                    scale, softcap),
        where);
@@ -164,7 +164,7 @@ void gated_forward(Object q_latent, Object k_latent, Object v_latent, Object q, 
   p.window.y = tensor_from_torch(y);
   p.window.log_sum = tensor_from_torch(log_sum);
   p.window.wide = tensor_from_torch(wide);
-  call(macchiato_forward, not_on_cuda, p, where);
+  call(macchiato_forward, cuda::macchiato_forward, p, where);
 }
 
 void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q, Object k, Object v,
@@ -209,7 +209,7 @@ void gated_step(Object q_latent, Object k_latent, Object v_latent, Object q, Obj
   p.latent.scale = latent_scale;
   p.window = step_inputs(q, k, v, key, value, valid, position, q_sink, k_sink, v_sink,
                          sink_position, y, scale, softcap);
-  call(macchiato_step, not_on_cuda, p, where);
+  call(macchiato_step, cuda::macchiato_step, p, where);
 }
 
 }  // namespace

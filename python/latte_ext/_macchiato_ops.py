@@ -234,7 +234,7 @@ macchiato_attention = register(
     "Tensor? sink_position, Tensor? start, int window, int past, bool causal, float scale, "
     "float softcap, float latent_scale, bool save) -> (Tensor y, Tensor total, Tensor log_sum, "
     "Tensor wide, Tensor max, Tensor norm, Tensor mean)",
-    _forward_kernel, _forward_fake, differentiable(_save, _gradients), ATTENTION, cuda=False,
+    _forward_kernel, _forward_fake, differentiable(_save, _gradients), ATTENTION,
 )  # fmt: skip
 _backward = register(
     "macchiato_attention_backward(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, "
@@ -253,5 +253,5 @@ macchiato_attention_step = register(
     "Tensor(e!) value, Tensor(f!) valid, Tensor(g!) position, Tensor? q_sink, Tensor? k_sink, "
     "Tensor? v_sink, Tensor? sink_position, float scale, float softcap, "
     "float latent_scale) -> Tensor y",
-    _step_kernel, _step_fake, in_place("cache"), ATTENTION, cuda=False,
+    _step_kernel, _step_fake, in_place("cache"), ATTENTION,
 )  # fmt: skip

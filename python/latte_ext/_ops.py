@@ -151,7 +151,7 @@ _backward = register(
     "Tensor d_final_mean, bool causal, float scale)"
     " -> (Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean)",
     _backward_kernel, _backward_fake,
-    composed(_compositions.latent_attention_backward), ATTENTION, cuda=False,
+    composed(_compositions.latent_attention_backward), ATTENTION,
 )  # fmt: skip
 latent_attention_step = register(
     "latent_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) max, Tensor(b!) norm, "

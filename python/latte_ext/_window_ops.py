@@ -191,7 +191,7 @@ sliding_window_attention = register(
     "Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, Tensor? sink_position, Tensor? start, "
     "int window, int past, bool causal, float scale, float softcap, bool save)"
     " -> (Tensor y, Tensor log_sum, Tensor wide)",
-    _forward_kernel, _forward_fake, differentiable(_save, _gradients), ATTENTION, cuda=False,
+    _forward_kernel, _forward_fake, differentiable(_save, _gradients), ATTENTION,
 )  # fmt: skip
 _backward = register(
     "sliding_window_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, "
@@ -199,11 +199,11 @@ _backward = register(
     "Tensor? start, Tensor log_sum, Tensor wide, Tensor dy, Tensor? d_log_sum, int window, "
     "int past, bool causal, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv, "
     "Tensor dq_sink, Tensor dk_sink, Tensor dv_sink)",
-    _backward_kernel, _backward_fake, once_differentiable, ATTENTION, cuda=False,
+    _backward_kernel, _backward_fake, once_differentiable, ATTENTION,
 )  # fmt: skip
 sliding_window_attention_step = register(
     "sliding_window_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, "
     "Tensor(c!) valid, Tensor(d!) position, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
     "Tensor? sink_position, float scale, float softcap) -> Tensor y",
-    _step_kernel, _step_fake, in_place("cache"), ATTENTION, cuda=False,
+    _step_kernel, _step_fake, in_place("cache"), ATTENTION,
 )  # fmt: skip
