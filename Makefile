@@ -12,9 +12,8 @@ COMMA := ,
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
-.PHONY: demo extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda test-aarch64 suite-aarch64 \
-  test-clang suite-clang \
-  test-python test-isas clean
+.PHONY: demo extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda test-emulated \
+  test-aarch64 suite-aarch64 test-clang suite-clang test-python test-isas clean
 .DELETE_ON_ERROR:
 
 $(VENV)/requirements: requirements-dev.txt
@@ -44,7 +43,7 @@ extend: $(VENV)/installed
 	$(BIN)/python examples/extend_smollm2.py --prose $(EXTEND)/debian/usr/share/doc/anarchism/html \
 	  --out $(EXTEND)
 
-test: test-cpp test-cpp-sanitized test-cuda test-aarch64 test-python test-isas
+test: test-cpp test-cpp-sanitized test-cuda test-emulated test-aarch64 test-python test-isas
 
 # GoogleTest from the machine, or from its package manager.
 GTEST_HEADER := /usr/include/gtest/gtest.h
@@ -71,6 +70,18 @@ test-cuda: $(VENV)/requirements
 	  PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja >/dev/null \
 	  && $(BIN)/python tools/check_ptxas.py --include build/cuda/include; \
 	else echo "CUDA: resources NOT tested: no nvcc here"; fi
+
+# The operators' tests on the emulated CUDA kernels, through the binding that a GPU would use.
+EMULATED := build/emulated
+$(EMULATED)/installed: $(VENV)/requirements $(SOURCES)
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip install --quiet \
+	  --disable-pip-version-check --no-build-isolation --no-deps --upgrade \
+	  --target $(EMULATED)/site -C build-dir=$(EMULATED)/build -C cmake.define.LATTE_CUDA=EMULATED .
+	touch $@
+
+test-emulated: $(EMULATED)/installed
+	PYTHONPATH=$(EMULATED)/site CI=1 $(BIN)/python -m pytest -q -m cuda --numprocesses=2 \
+	  --ignore-glob='*/test_hf*'
 
 # The C++ tests on NEON, cross compiled and emulated: all of them, threads included. Where Debian's
 # packages cannot be had, the target passes and says that it tested nothing.

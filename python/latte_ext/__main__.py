@@ -55,7 +55,9 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command")
     commands.add_parser("info", help="version, instruction set, threads, CUDA, torch")
-    commands.add_parser("selftest", help="prove this installation in a few seconds")
+    selftest.add_arguments(
+        commands.add_parser("selftest", help="prove this installation in a few seconds")
+    )
     demo.add_arguments(commands.add_parser("demo", help="train, sample and time a language model"))
     bench.add_arguments(commands.add_parser("bench", help="measure against peak and peers"))
     extend = commands.add_parser("extend", help="longer context for a pretrained model")
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("a command is required")
     run: dict[str, Callable[[argparse.Namespace], int]] = {
         "info": lambda _: info(),
-        "selftest": lambda _: selftest.main(),
+        "selftest": selftest.run,
         "demo": demo.run,
         "bench": bench.run,
         "extend": lambda args: int(_extension().run(args)),
