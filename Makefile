@@ -138,6 +138,7 @@ lint: $(VENV)/requirements $(GTEST_HEADER)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy python/latte_ext tools
 	$(BIN)/python tools/audit.py
+	$(BIN)/shellcheck tools/*.sh
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files $(CPP_FILES))
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/lint -G Ninja -DLATTE_OPENMP=OFF >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/clang-tidy --quiet -p build/lint \
