@@ -142,7 +142,7 @@ lint: $(VENV)/requirements $(GTEST_HEADER)
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files $(CPP_FILES))
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/lint -G Ninja -DLATTE_OPENMP=OFF >/dev/null
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/clang-tidy --quiet -p build/lint \
-	  cpp/src/common/*.cpp $(filter-out %kernels.cpp,$(wildcard cpp/src/cpu/*.cpp))
+	  cpp/src/capi/*.cpp cpp/src/common/*.cpp $(filter-out %kernels.cpp,$(wildcard cpp/src/cpu/*.cpp))
 
 format: $(VENV)/requirements
 	$(BIN)/ruff check --fix .

@@ -191,6 +191,9 @@ TEST(ModelFile, RefusesSizesOutOfRange) {
             std::string::npos);
   EXPECT_NE(error_with("\"head_dim\": 6", "\"head_dim\": 3").find("even number to rotate"),
             std::string::npos);
+  EXPECT_NE(error_with("\"conv_width\": 4", "\"conv_width\": 9").find("9, expected 1 to 8"),
+            std::string::npos);
+  EXPECT_NE(error_with("1e4", "-1e4").find("rotary_base is -10000"), std::string::npos);
   EXPECT_NE(error_with("\"rglru\"", "\"lstm\"").find("none or conv or rglru"), std::string::npos);
   EXPECT_NE(error_with("\"num_latents\": 3", "\"num_latents\": 0").find("mixer is given"),
             std::string::npos);

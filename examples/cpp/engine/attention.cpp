@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 
 #include "error.h"
 
@@ -110,10 +111,8 @@ void Attention::operator()(const float* x, const float* x_qk, int64_t tokens, fl
       rows.v_latent = repeated(rows.inputs.data() + rows.v_at, inputs_.outputs(), tokens,
                                config_.kv_heads, config_.head_dim, heads / config_.kv_heads);
   }
-  if (config_.window > 0 && config_.rotary_base) {
-    rotate(rows.inputs.data(), config_.num_heads, rows, state, call);
-    rotate(rows.inputs.data() + rows.k_at, config_.kv_heads, rows, state, call);
-  }
+  if (config_.window > 0 && config_.rotary_base)
+    rotate(rows, *config_.rotary_base, state.position, call);
   if (tokens == 1)
     step(rows, state, call);
   else if (config_.window > 0)
@@ -123,17 +122,17 @@ void Attention::operator()(const float* x, const float* x_qk, int64_t tokens, fl
   output_(rows.y.data(), output_.inputs(), tokens, y, width, call.threads(), true);
 }
 
-void Attention::rotate(float* data, int64_t heads, const Rows& rows, const AttentionState& state,
-                       Caller& call) const {
+void Attention::rotate(Rows& rows, double base, int64_t first, Caller& call) const {
   std::vector<int64_t> position(static_cast<size_t>(rows.tokens));
-  for (size_t t = 0; t < position.size(); ++t)
-    position[t] = state.position + static_cast<int64_t>(t);
+  std::iota(position.begin(), position.end(), first);
   latte::Rotate rotate;
-  rotate.x = rotate.y = heads_of(data, heads, rows.tokens, config_.head_dim, inputs_.outputs());
+  // The keys' heads lie behind those of the queries.
+  rotate.x = rotate.y = heads_of(rows.inputs.data(), config_.num_heads + config_.kv_heads,
+                                 rows.tokens, config_.head_dim, inputs_.outputs());
   rotate.position = view(nullptr, {rows.tokens}, {1});
   rotate.position.data = position.data();
   rotate.position.dtype = latte::DType::int64;
-  rotate.base = *config_.rotary_base;
+  rotate.base = base;
   rotate.dim = config_.head_dim;
   call(latte::rotate, rotate);
 }

@@ -43,8 +43,7 @@ class Attention {
   void step(const Rows& rows, AttentionState& state, Caller& call) const;
   latte::LatentAttentionForward latent_part(const Rows& rows, AttentionState& state,
                                             AttentionState& after) const;
-  void rotate(float* data, int64_t heads, const Rows& rows, const AttentionState& state,
-              Caller& call) const;
+  void rotate(Rows& rows, double base, int64_t first, Caller& call) const;
   void remember(const std::vector<float>& keys, const std::vector<float>& values, int64_t tokens,
                 AttentionState& state) const;
 

@@ -17,10 +17,10 @@ constexpr int64_t kMaxSize = 1 << 20;
   throw Error("config", name + " is " + got + ", expected " + expected);
 }
 
-int64_t size_of(const Json& json, const std::string& name, int64_t least) {
+int64_t size_of(const Json& json, const std::string& name, int64_t least, int64_t most = kMaxSize) {
   const int64_t size = json.at(name).integer();
-  if (size < least || size > kMaxSize)
-    fail(name, std::to_string(size), std::to_string(least) + " to " + std::to_string(kMaxSize));
+  if (size < least || size > most)
+    fail(name, std::to_string(size), std::to_string(least) + " to " + std::to_string(most));
   return size;
 }
 
@@ -48,6 +48,8 @@ void check(const Config& config) {
     fail("window", "0 with num_latents = 0", "one of them positive");
   if (config.window > 0 && config.rotary_base && config.head_dim % 2)
     fail("head_dim", std::to_string(config.head_dim), "an even number to rotate");
+  if (config.rotary_base && !(*config.rotary_base > 0))
+    fail("rotary_base", std::to_string(*config.rotary_base), "a positive number");
   if (config.mixer == Config::Mixer::rglru && config.embed_dim % config.num_heads)
     fail("embed_dim", std::to_string(config.embed_dim),
          "a multiple of num_heads = " + std::to_string(config.num_heads));
@@ -65,7 +67,7 @@ Config Config::parse(const Json& json) {
   config.num_heads = size_of(json, "num_heads", 1);
   config.num_latents = size_of(json, "num_latents", 0);
   config.window = size_of(json, "window", 0);
-  config.conv_width = size_of(json, "conv_width", 1);
+  config.conv_width = size_of(json, "conv_width", 1, 8);
   config.kv_heads = size_or(json, "kv_heads", config.num_heads);
   config.latent_heads = size_or(json, "latent_heads", config.kv_heads);
   if (json.at("head_dim").is_null() && config.embed_dim % config.num_heads)

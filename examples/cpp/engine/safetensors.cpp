@@ -167,7 +167,7 @@ std::vector<std::byte> SafeTensors::serialise() const {
   std::string header = "{\"__metadata__\":{";
   for (const auto& [key, value] : metadata)
     header += (header.back() == '{' ? "" : ",") + json_quoted(key) + ":" + json_quoted(value);
-  header += "}";
+  header += '}';
   uint64_t offset = 0;
   for (const auto& [name, tensor] : tensors) {
     std::string shape;
@@ -178,7 +178,7 @@ std::vector<std::byte> SafeTensors::serialise() const {
               std::to_string(offset + tensor.data.size()) + "]}";
     offset += tensor.data.size();
   }
-  header += "}";
+  header += '}';
   header.append((8 - header.size() % 8) % 8, ' ');  // so that elements are aligned in the file
 
   const uint64_t length = header.size();

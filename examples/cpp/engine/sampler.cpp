@@ -19,6 +19,7 @@ int64_t Sampler::operator()(const std::vector<float>& logits) {
   const auto best = std::max_element(logits.begin(), logits.end());
   if (temperature_ == 0) return best - logits.begin();
   std::vector<double> weights;
+  weights.reserve(logits.size());
   for (const float logit : logits)
     weights.push_back(std::exp((static_cast<double>(logit) - *best) / temperature_));
   return std::discrete_distribution<int64_t>(weights.begin(), weights.end())(random_);
