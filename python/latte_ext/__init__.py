@@ -1,29 +1,38 @@
 # SPDX-License-Identifier: Apache-2.0
 """Latent attention for PyTorch (Latte, arXiv 2402.17512): linear time, constant-memory decoding."""
 
-try:
+import importlib.util
+from typing import Any
+
+if importlib.util.find_spec("torch") is not None:
     # First, so that the core shares torch's OpenMP runtime instead of starting its own.
     import torch  # noqa: F401
-except ImportError as error:
-    raise ImportError("latte_ext needs PyTorch: pip install torch") from error
 
-from . import reference
+    from . import reference
+    from .convolution import short_conv as short_conv
+    from .convolution import short_conv_step as short_conv_step
+    from .functional import latent_attention as latent_attention
+    from .functional import latent_attention_step as latent_attention_step
+    from .macchiato import macchiato_attention as macchiato_attention
+    from .macchiato import macchiato_attention_step as macchiato_attention_step
+    from .recurrence import linear_recurrence as linear_recurrence
+    from .recurrence import rg_lru as rg_lru
+    from .recurrence import rg_lru_step as rg_lru_step
+    from .state import LatentState as LatentState
+    from .window import sliding_window_attention as sliding_window_attention
+    from .window import sliding_window_attention_step as sliding_window_attention_step
+    from .window_cache import MacchiatoState as MacchiatoState
+    from .window_cache import WindowCache as WindowCache
+    from .window_cache import WindowSinks as WindowSinks
+else:
+    # The C++ files of this package serve programs that have no torch.
+    def __getattr__(name: str) -> Any:
+        if name in __all__:
+            raise ImportError(f"[latte_ext] {name} needs torch, expected `pip install torch`")
+        raise AttributeError(f"module 'latte_ext' has no attribute {name!r}")
+
+
 from ._core import version as _version
-from .convolution import short_conv as short_conv
-from .convolution import short_conv_step as short_conv_step
-from .functional import latent_attention as latent_attention
-from .functional import latent_attention_step as latent_attention_step
-from .macchiato import macchiato_attention as macchiato_attention
-from .macchiato import macchiato_attention_step as macchiato_attention_step
-from .recurrence import linear_recurrence as linear_recurrence
-from .recurrence import rg_lru as rg_lru
-from .recurrence import rg_lru_step as rg_lru_step
-from .state import LatentState as LatentState
-from .window import sliding_window_attention as sliding_window_attention
-from .window import sliding_window_attention_step as sliding_window_attention_step
-from .window_cache import MacchiatoState as MacchiatoState
-from .window_cache import WindowCache as WindowCache
-from .window_cache import WindowSinks as WindowSinks
 
 __version__ = _version()
 __all__ = [

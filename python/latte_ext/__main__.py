@@ -5,10 +5,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import platform
 import sys
 from collections.abc import Callable
 from typing import Any
+
+if importlib.util.find_spec("torch") is None:
+    from . import _bare
+
+    sys.exit(_bare.main())
 
 import torch
 

@@ -142,7 +142,7 @@ def supported(transform: str) -> Any:
     return pytest.param(transform, marks=pytest.mark.supports(f"torch.func: {transform}"))
 
 
-@pytest.mark.parametrize("transform", map(supported, TRANSFORMS))
+@pytest.mark.parametrize("transform", [supported(name) for name in TRANSFORMS])
 @pytest.mark.parametrize("case", CASES)
 def test_transforms(case: str, transform: str) -> None:
     """The compiled operators and the reference agree on every derivative."""

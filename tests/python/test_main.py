@@ -75,3 +75,38 @@ def test_unknown_instruction_set_is_refused() -> None:
     )
     assert run.returncode != 0
     assert "LATTE_CPU_ISA is 'abacus', expected one of" in run.stderr
+
+
+# `python -m latte_ext` where no package but this one can be found.
+BARE = """
+import importlib.util, runpy, sys
+find = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *a: None if name == "torch" else find(name, *a)
+sys.modules["torch"] = None
+sys.argv = ["latte_ext", *sys.argv[1:]]
+runpy.run_module("latte_ext", run_name="__main__", alter_sys=True)
+"""
+
+
+def run_without_torch(*args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BARE, *args], capture_output=True, text=True, check=False
+    )
+
+
+def test_what_needs_no_torch_runs_without_it() -> None:
+    info = run_without_torch("info")
+    assert info.returncode == 0, info.stderr
+    assert "torch            not installed" in info.stdout
+    folder = run_without_torch("--cmake-dir")
+    assert folder.returncode == 0, folder.stderr
+    assert (Path(folder.stdout.strip()) / "latteConfig.cmake").is_file()
+    demo = run_without_torch("demo")
+    assert demo.returncode == 2
+    assert "invalid choice: 'demo'" in demo.stderr
+
+
+def test_operators_ask_for_torch() -> None:
+    code = BARE.partition("sys.argv")[0] + "from latte_ext import latent_attention"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert "[latte_ext] latent_attention needs torch, expected `pip install torch`" in run.stderr
