@@ -13,7 +13,7 @@ COMMA := ,
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
 .PHONY: demo extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda test-emulated \
-  test-aarch64 suite-aarch64 test-clang suite-clang test-python test-isas clean
+  test-aarch64 suite-aarch64 test-clang suite-clang test-python test-isas test-torch clean
 .DELETE_ON_ERROR:
 
 $(VENV)/requirements: requirements-dev.txt
@@ -130,6 +130,23 @@ test-isas: $(VENV)/installed
 	  LATTE_CPU_ISA=$$isa CI=1 $(BIN)/python -m pytest -q -m "not slow" --numprocesses=2 \
 	    --ignore=tests/python/test_reference.py --ignore-glob='*/test_hf*' || exit 1; \
 	done
+
+# The Python tests on another torch, in an environment of its own: make test-torch TORCH=2.13.0.
+# An index of CPU builds goes into TORCH_INDEX, as in TORCH_INDEX="--index-url ...": without one pip
+# may take a build with CUDA, gigabytes of it. transformers brings its own demands on torch.
+TORCH ?= 2.13.0
+TORCH_VENV := build/torch-$(TORCH)
+TORCH_TESTS := torch_integration torch_models derivatives mixers_torch latent_attention step state
+
+test-torch:
+	$(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) torch==$(TORCH)
+	grep -vE '^(#|torch|transformers|accelerate|gguf|mypy|ruff|clang)' requirements-dev.txt \
+	  | $(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r /dev/stdin
+	PATH="$(CURDIR)/$(TORCH_VENV)/bin:$$PATH" $(TORCH_VENV)/bin/python -m pip install --quiet \
+	  --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
+	CI=1 $(TORCH_VENV)/bin/python -m pytest -q --numprocesses=2 \
+	  $(TORCH_TESTS:%=tests/python/test_%.py)
 
 CPP_FILES := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 

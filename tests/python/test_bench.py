@@ -247,3 +247,15 @@ def test_plot_needs_matplotlib(
     monkeypatch.setitem(bench.sys.modules, "matplotlib.figure", None)
     assert not report.save_plot(tmp_path / "x.png", cases.Bench(cases.TINY, 1), {})
     assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+def test_overhead_has_every_operator() -> None:
+    """One sample of one call: the rows are there and timed, whatever they say."""
+    least = bench.overhead.measure(samples=1, count=1)
+    assert {name for name in least if not name.startswith("torch.")} >= {
+        "latent_attention", "latent_attention_step", "rotate", "rg_lru_step", "short_conv_step"
+    }  # fmt: skip
+    assert all(0 < value < 1 for seconds in least.values() for value in seconds)
+    page = bench.overhead.table(dict.fromkeys(least, [4e-6, 6e-6, 8e-6]))
+    assert page.endswith("10 of 10 operators within 4.5 us in inference mode")
+    assert "| `rotate` | 4.00 | 6.00 | 8.00 | 1.00 |" in page
