@@ -13,7 +13,7 @@ COMMA := ,
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
 .PHONY: demo extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda test-emulated \
-  test-aarch64 suite-aarch64 test-clang suite-clang test-python test-isas test-torch clean
+  test-aarch64 suite-aarch64 test-clang suite-clang test-python test-isas test-torch test-stable clean
 .DELETE_ON_ERROR:
 
 $(VENV)/requirements: requirements-dev.txt
@@ -147,6 +147,18 @@ test-torch:
 	  --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall .
 	CI=1 $(TORCH_VENV)/bin/python -m pytest -q --numprocesses=2 \
 	  $(TORCH_TESTS:%=tests/python/test_%.py)
+
+# The operators for programs with torch and without Python, and the example that runs a package.
+STABLE_VENV := build/stable-venv
+
+test-stable: $(VENV)/installed
+	$(PYTHON) -m venv --system-site-packages $(STABLE_VENV)
+	echo "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+	  >"$$($(STABLE_VENV)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/base.pth"
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pip --python $(STABLE_VENV)/bin/python install \
+	  --quiet --disable-pip-version-check --no-build-isolation --no-deps --force-reinstall \
+	  -C cmake.define.LATTE_TORCH_STABLE=ON .
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(STABLE_VENV)/bin/python -m pytest -q tests/python/test_torch_stable.py
 
 CPP_FILES := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 

@@ -40,11 +40,15 @@ def register(
         cuda: whether latte/cuda.h has the kernel.
     """
     name = schema.partition("(")[0]
-    _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
+    # A process that loaded _torch.so (LATTE_TORCH_STABLE) before has it: one definer per operator.
+    defined = torch._C._dispatch_has_kernel(f"latte_ext::{name}")
+    if not defined:
+        _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
     operator = getattr(torch.ops.latte_ext, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
     device_kernel = on_cuda(name, arguments, kernel) if cuda else not_on_cuda(name)
-    _LIBRARY.impl(name, device_kernel if EMULATED else kernel, "CPU")
+    if not defined:
+        _LIBRARY.impl(name, device_kernel if EMULATED else kernel, "CPU")
     _LIBRARY.impl(name, device_kernel, "CUDA")
     _LIBRARY.impl(name, autograd(operator, name), "Autograd")
     torch.library.register_fake(f"latte_ext::{name}", fake, lib=_LIBRARY)
