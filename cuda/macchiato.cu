@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Latte Macchiato: a window and latents in one probability, out of the kernels of both. The latents
 // leave their rows in memory, which those of the window then mix into theirs.
+#include "cuda/macchiato.h"
 #include "cuda/window_call.h"
 #include "cuda/window_step.h"
 #include "latte/cuda.h"
@@ -10,19 +11,6 @@ namespace {
 
 constexpr const char* kForward = "macchiato_attention";
 constexpr const char* kStep = "macchiato_attention_step";
-
-// The columns 1.. of q_latent.
-Tensor behind_gate(const Tensor& t) {
-  const int64_t last = t.rank - 1;
-  Tensor columns = t;
-  if (t.data) columns.data = static_cast<char*>(t.data) + t.stride[last] * element_size(t.dtype);
-  columns.shape[last] -= 1;
-  return columns;
-}
-
-GateArgs gate_of(const Tensor& q_latent, int64_t latents, double scale) {
-  return {head_rows(q_latent), static_cast<int>(latents), scale};
-}
 
 WindowProblem check(const MacchiatoForward& p) {
   const WindowProblem problem = validate(p, Memory::device);
@@ -68,13 +56,10 @@ class StepPlan {
   void place(Workspace& workspace) {
     const WindowProblem& p = problem_;
     if (p.latents == 0) return;
-    Tensor& y = latent_.y;
-    y.dtype = p.is_double ? DType::float64 : DType::float32;
-    y.data = workspace.take<char>(p.batch * p.heads * p.dim * element_size(y.dtype));
-    y.rank = 3;
-    const int64_t shape[] = {p.batch, p.heads, p.dim}, stride[] = {p.heads * p.dim, p.dim, 1};
-    for (int i = 0; i < 3; ++i) y.shape[i] = shape[i], y.stride[i] = stride[i];
-    window_.global = rows_of(y);
+    const DType dtype = p.is_double ? DType::float64 : DType::float32;
+    char* const data = workspace.take<char>(p.batch * p.heads * p.dim * element_size(dtype));
+    latent_.y = dense(data, dtype, {p.batch, p.heads, p.dim});
+    window_.global = rows_of(latent_.y);
   }
   void run(void* stream) const {
     if (problem_.latents > 0) latent_attention_step(latent_, nullptr, stream);

@@ -9,6 +9,13 @@ namespace {
 
 constexpr const char* kOp = "sliding_window_attention_step";
 
+template <class T>
+void (*step_kernel(int64_t channels))(WindowStepParams) {
+  return channels <= 64    ? window_step<T, 2>
+         : channels <= 128 ? window_step<T, 4>
+                           : window_step<T, 8>;
+}
+
 }  // namespace
 
 WindowStepParams window_step_params(const char* op, const SlidingWindowStep& params,
@@ -36,8 +43,8 @@ WindowStepParams window_step_params(const char* op, const SlidingWindowStep& par
 void launch_window_step(const char* op, const WindowStepParams& p, bool is_double, void* stream) {
   with_compute_type(is_double, [&](auto type) {
     using T = typename decltype(type)::type;
-    launch_blocks(op, window_step<T>, p.sequences * p.kv_heads, dim3(kStepThreads),
-                  WindowStepShared<T>::bytes(p.key_dim, p.dim), stream, p);
+    launch_blocks(op, step_kernel<T>(most(p.key_dim, p.dim)), p.sequences * p.kv_heads,
+                  dim3(kStepThreads), WindowStepShared<T>::bytes(p.key_dim, p.dim), stream, p);
   });
   launch_blocks(op, window_step_advance, ceil_div(p.sequences, kStepThreads), dim3(kStepThreads), 0,
                 stream, p);

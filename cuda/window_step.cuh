@@ -45,7 +45,8 @@ struct WindowStepShared {
   }
 };
 
-template <class T>
+// kPerLane: channels that a lane of a warp has of a row.
+template <class T, int kPerLane>
 class WindowStepBlock {
  public:
   __device__ __forceinline__ WindowStepBlock(const WindowStepParams& p, int64_t n, int64_t kv_head)
@@ -69,7 +70,7 @@ class WindowStepBlock {
   }
 
  private:
-  static constexpr int kWarps = kStepThreads / 32, kPerLane = static_cast<int>(kMaxDim) / 32;
+  static constexpr int kWarps = kStepThreads / 32;
   using Lane = T[kPerLane];  // channels lane, lane + 32, ..
 
   // Heads that are not there get zeros.
@@ -84,13 +85,17 @@ class WindowStepBlock {
     }
   }
 
+  // Slots, or sinks.
+  template <bool kSinks>
   __device__ __forceinline__ bool is_seen(int64_t row) const {
-    if (row < place_.used)
+    if constexpr (kSinks) {
+      if (!p_.sink_position) return true;
+      const int64_t sink =
+          global_load(p_.sink_position + n_ * p_.sink_stride_n + row * p_.sink_stride_i);
+      return is_distant(place_.position, sink, p_.window, true);
+    } else {
       return row == place_.slot || p_.valid[n_ * p_.valid_stride_n + row * p_.valid_stride_i];
-    if (!p_.sink_position) return true;
-    const int64_t sink = global_load(p_.sink_position + n_ * p_.sink_stride_n +
-                                     (row - place_.used) * p_.sink_stride_i);
-    return is_distant(place_.position, sink, p_.window, true);
+    }
   }
 
   __device__ __forceinline__ void load_row(const HeadRows& rows, int64_t row, int64_t channels,
@@ -106,33 +111,44 @@ class WindowStepBlock {
     });
   }
 
-  __device__ __forceinline__ void meet_rows() const {
+  // A warp's softmax over the rows that it has met.
+  struct Part {
     T top[kStepHeads], norm[kStepHeads];
     Lane sums[kStepHeads];
+  };
+
+  __device__ __forceinline__ void meet_rows() const {
+    Part part;
 #pragma unroll
     for (int g = 0; g < kStepHeads; ++g) {
-      top[g] = -static_cast<T>(kInfinity), norm[g] = 0;
+      part.top[g] = -static_cast<T>(kInfinity), part.norm[g] = 0;
 #pragma unroll
-      for (int i = 0; i < kPerLane; ++i) sums[g][i] = 0;
+      for (int i = 0; i < kPerLane; ++i) part.sums[g][i] = 0;
     }
-    for (int64_t row = warp_id(); row < place_.used + p_.sinks; row += kWarps) {
-      if (!is_seen(row)) continue;
-      const bool is_sink = row >= place_.used;
-      const int64_t at = is_sink ? row - place_.used : row;
-      Lane k, v;
-      load_row(is_sink ? p_.k_sink : p_.k_ring, at, p_.key_dim, k);
-      load_row(is_sink ? p_.v_sink : p_.v_ring, at, p_.dim, v);
-#pragma unroll
-      for (int g = 0; g < kStepHeads; ++g)
-        add_row(logit_of(s_.q(g, is_sink), k), v, top[g], norm[g], sums[g]);
-    }
+    meet<false>(p_.k_ring, p_.v_ring, place_.used, part);
+    if (p_.sinks > 0) meet<true>(p_.k_sink, p_.v_sink, p_.sinks, part);
 #pragma unroll
     for (int g = 0; g < kStepHeads; ++g) {
-      T* const part = s_.part(warp_id(), g);
-      if (lane_id() == 0) part[0] = top[g], part[1] = norm[g];
+      T* const to = s_.part(warp_id(), g);
+      if (lane_id() == 0) to[0] = part.top[g], to[1] = part.norm[g];
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i)
-        if (lane_id() + 32 * i < p_.dim) part[2 + lane_id() + 32 * i] = sums[g][i];
+        if (lane_id() + 32 * i < p_.dim) to[2 + lane_id() + 32 * i] = part.sums[g][i];
+    }
+  }
+
+  template <bool kSinks>
+  __device__ __forceinline__ void meet(const HeadRows& keys, const HeadRows& values, int64_t rows,
+                                       Part& part) const {
+#pragma unroll 1
+    for (int64_t row = warp_id(); row < rows; row += kWarps) {
+      if (!is_seen<kSinks>(row)) continue;
+      Lane k, v;
+      load_row(keys, row, p_.key_dim, k);
+      load_row(values, row, p_.dim, v);
+#pragma unroll
+      for (int g = 0; g < kStepHeads; ++g)
+        add_row(logit_of(s_.q(g, kSinks), k), v, part.top[g], part.norm[g], part.sums[g]);
     }
   }
 
@@ -192,10 +208,10 @@ class WindowStepBlock {
   const WindowStepShared<T> s_;
 };
 
-template <class T>
-__global__ void __launch_bounds__(kStepThreads, sizeof(T) == 8 ? 1 : 2)
+template <class T, int kPerLane>
+__global__ void __launch_bounds__(kStepThreads, sizeof(T) == 4 && kPerLane <= 4 ? 2 : 1)
     window_step(const __grid_constant__ WindowStepParams p) {
-  WindowStepBlock<T>(p, blockIdx.x / p.kv_heads, blockIdx.x % p.kv_heads).run();
+  WindowStepBlock<T, kPerLane>(p, blockIdx.x / p.kv_heads, blockIdx.x % p.kv_heads).run();
 }
 
 // Once all heads have read them: a thread per sequence.
