@@ -9,8 +9,17 @@ if importlib.util.find_spec("torch") is not None:
     import torch  # noqa: F401
 
     from . import reference
+    from ._drafts import LatentDraft as LatentDraft
+    from ._drafts import MacchiatoDraft as MacchiatoDraft
+    from ._drafts import WindowDraft as WindowDraft
+    from ._drafts import linear_recurrence_commit as linear_recurrence_commit
+    from ._drafts import rg_lru_commit as rg_lru_commit
+    from ._drafts import short_conv_commit as short_conv_commit
     from .convolution import short_conv as short_conv
     from .convolution import short_conv_step as short_conv_step
+    from .draft import latent_attention_draft as latent_attention_draft
+    from .draft import macchiato_attention_draft as macchiato_attention_draft
+    from .draft import sliding_window_attention_draft as sliding_window_attention_draft
     from .functional import latent_attention as latent_attention
     from .functional import latent_attention_step as latent_attention_step
     from .macchiato import macchiato_attention as macchiato_attention
@@ -36,21 +45,30 @@ from ._core import version as _version
 
 __version__ = _version()
 __all__ = [
+    "LatentDraft",
     "LatentState",
+    "MacchiatoDraft",
     "MacchiatoState",
     "WindowCache",
+    "WindowDraft",
     "WindowSinks",
     "__version__",
     "latent_attention",
+    "latent_attention_draft",
     "latent_attention_step",
     "linear_recurrence",
+    "linear_recurrence_commit",
     "macchiato_attention",
+    "macchiato_attention_draft",
     "macchiato_attention_step",
     "reference",
     "rg_lru",
+    "rg_lru_commit",
     "rg_lru_step",
     "short_conv",
+    "short_conv_commit",
     "short_conv_step",
     "sliding_window_attention",
+    "sliding_window_attention_draft",
     "sliding_window_attention_step",
 ]

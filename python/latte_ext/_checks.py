@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -138,6 +139,15 @@ def check_backend(op: str, name: str, tensor: Tensor, backend: str | None) -> No
             f"[{op}] {name} is on {tensor.device}, expected a CPU or CUDA tensor, or "
             "backend='reference'"
         )
+
+
+@contextmanager
+def reported_as(op: str, name: str) -> Iterator[None]:
+    """Errors of the operator `name` that `op` is made of bear the name of `op`."""
+    try:
+        yield
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(str(error).replace(f"[{name}]", f"[{op}]", 1)) from None
 
 
 def check_by_core(check: Callable[[Tensor | None], None], cu_seqlens: Tensor | None) -> None:

@@ -89,7 +89,7 @@ def latent_attention(
     Raises:
         ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
     """
-    check_latent_attention(
+    triple = check_latent_attention(
         q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state,
         backend=backend, shapes=backend == "reference",
     )  # fmt: skip
@@ -100,7 +100,7 @@ def latent_attention(
         )  # fmt: skip
         return (y, LatentState(*final)) if return_state else y
     y, max_, norm, mean = _ops.latent_attention(
-        q, k, v, key_mask, cu_seqlens, *_state_tensors(state), causal, scale
+        q, k, v, key_mask, cu_seqlens, *triple, causal, scale
     )
     return (y, LatentState(max_, norm, mean)) if return_state else y
 
@@ -132,8 +132,8 @@ def latent_attention_step(
     check_tensors(op, {"q": q, "k": k, "v": v})
     check_scale(op, scale)
     check_type(op, "state", state, LatentState)
-    check_device(op, "state", state.device, q)
-    return _ops.latent_attention_step(q, k, v, *state.tensors(), scale)  # type: ignore[no-any-return]
+    triple = check_state(op, q, state)
+    return _ops.latent_attention_step(q, k, v, *triple, scale)  # type: ignore[no-any-return]
 
 
 def check_latent_attention(
@@ -148,8 +148,11 @@ def check_latent_attention(
     state: LatentState | None,
     backend: Backend | None,
     shapes: bool,
-) -> None:
+) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
     """What `latent_attention` checks of its arguments, if `shapes` also what the operator does.
+
+    Returns:
+        The tensors of the state.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `latent_attention`.
@@ -158,21 +161,24 @@ def check_latent_attention(
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
     check_flags(op, causal=causal)
     check_scale(op, scale)
-    if state is not None:
-        check_type(op, "state", state, LatentState)
-        check_device(op, "state", state.device, q)
+    triple = check_state(op, q, state)
     check_backend(op, "q", q, backend)
     if shapes:
-        triple = _state_tensors(state)
         check_by_core(
             lambda borders: _core.latent_attention_check(
                 q, k, v, key_mask, borders, triple[0], triple[1], triple[2], causal, scale
             ),
             cu_seqlens,
         )
+    return triple
 
 
-def _state_tensors(
-    state: LatentState | None,
+def check_state(
+    op: str, q: Tensor, state: LatentState | None
 ) -> tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]:
-    return (None, None, None) if state is None else state.tensors()
+    """The tensors of a state on q's device, or of none."""
+    if state is None:
+        return (None, None, None)
+    check_type(op, "state", state, LatentState)
+    check_device(op, "state", state.device, q)
+    return state.tensors()

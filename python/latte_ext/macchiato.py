@@ -137,7 +137,7 @@ def macchiato_attention(
     check_backend(op, "q", q, backend)
     cache = latent = None
     if state is not None:
-        cache, latent = _check_state(op, q, window, k_latent.shape[3], state)
+        cache, latent = check_state(op, q, window, k_latent.shape[3], state)
     q_sink, k_sink, v_sink, position = sink_tensors(op, q, sinks)
     if window == 0:
         if sinks is not None:
@@ -219,7 +219,7 @@ def macchiato_attention_step(
     check_scale(op, latent_scale)
     check_type(op, "state", state, MacchiatoState)
     window = 0 if state.window is None else state.window.window
-    cache, latent = _check_state(op, q, window, k_latent.shape[2], state)
+    cache, latent = check_state(op, q, window, k_latent.shape[2], state)
     k_latent, v_latent = match_heads(k_latent, v, v_latent)
     y: Tensor
     if cache is None:
@@ -294,7 +294,7 @@ def check_latents(
             )
 
 
-def _check_state(
+def check_state(
     op: str, q: Tensor, window: int, latents: int, state: MacchiatoState
 ) -> tuple[WindowCache | None, LatentState | None]:
     check_type(op, "state", state, MacchiatoState)

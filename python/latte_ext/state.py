@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import reference
+from ._drafts import Accepted, LatentDraft, check_draft, commit_latents, count_accepted
 from ._select import select
 from ._serialise import pack, unpack
 from .reference import StateTensors
@@ -146,6 +147,26 @@ class LatentState:
         if other.device != self.device:
             raise RuntimeError(f"{op} other is on {other.device}, expected {self.device}")
         return LatentState(*reference.merge(self.tensors(), other.tensors()))
+
+    @torch.no_grad()
+    def commit(self, draft: LatentDraft, accepted: Accepted) -> None:
+        """The first tokens of a draft enter the state, in place; bit for bit as by steps (T6).
+
+        Args:
+            draft: of `latent_attention_draft` on this state or a copy of it.
+            accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
+
+        Raises:
+            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+        """
+        op = "[LatentState.commit]"
+        self.check_draft(op, draft)
+        counts, most = count_accepted(op, accepted, self.batch, draft.k.shape[2], self.device)
+        commit_latents(self.tensors(), draft, counts, most)
+
+    def check_draft(self, op: str, draft: object) -> None:
+        """Raises, in the name of `op`, for what is not a draft of this state."""
+        check_draft(op, draft, LatentDraft, self.mean, self.latents, self.dim)
 
     def select(self, index: Sequence[int] | Sequence[bool] | Tensor) -> LatentState:
         """The states of some sequences, in new tensors, repeats allowed (beam search).

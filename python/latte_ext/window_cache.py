@@ -10,6 +10,15 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from ._checks import check_type
+from ._drafts import (
+    Accepted,
+    MacchiatoDraft,
+    WindowDraft,
+    check_draft,
+    commit_window,
+    count_accepted,
+)
 from ._select import select
 from ._serialise import pack, unpack
 from .state import LatentState
@@ -124,6 +133,26 @@ class WindowCache:
             TypeError: index is neither integer nor bool. ValueError: it does not fit.
         """
         return WindowCache(*select("[WindowCache.select]", self.tensors(), index))
+
+    @torch.no_grad()
+    def commit(self, draft: WindowDraft, accepted: Accepted) -> None:
+        """The first tokens of a draft enter the cache, in place; bit for bit as by steps (T6).
+
+        Args:
+            draft: of `sliding_window_attention_draft` on this cache or a copy of it.
+            accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
+
+        Raises:
+            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+        """
+        op = "[WindowCache.commit]"
+        self.check_draft(op, draft)
+        counts, _ = count_accepted(op, accepted, self.batch, draft.k.shape[2], self.device)
+        commit_window(self.tensors(), draft, counts)
+
+    def check_draft(self, op: str, draft: object) -> None:
+        """Raises, in the name of `op`, for what is not a draft of this cache."""
+        check_draft(op, draft, WindowDraft, self.key, self.key.shape[3], self.value.shape[3])
 
     def clone(self) -> WindowCache:
         """A copy with memory of its own; differentiable."""
@@ -252,6 +281,31 @@ class MacchiatoState(NamedTuple):
             None if self.latent is None else self.latent.select(index),
             None if self.window is None else self.window.select(index),
         )
+
+    def commit(self, draft: MacchiatoDraft, accepted: Accepted) -> None:
+        """The first tokens of a draft enter the state, in place; bit for bit as by steps (T6).
+
+        Args:
+            draft: of `macchiato_attention_draft` on this state or a copy of it.
+            accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
+
+        Raises:
+            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+        """
+        op = "[MacchiatoState.commit]"
+        check_type("MacchiatoState.commit", "draft", draft, MacchiatoDraft)
+        for name, part, drafted in zip(self._fields, self, draft, strict=True):
+            if (part is None) != (drafted is None):
+                raise TypeError(
+                    f"{op} draft.{name} is a {type(drafted).__name__} for a "
+                    f"{type(part).__name__}, expected a draft of this state"
+                )
+            if part is not None:
+                part.check_draft(op, drafted)
+        if self.latent is not None:
+            self.latent.commit(draft.latent, accepted)  # type: ignore[arg-type]
+        if self.window is not None:
+            self.window.commit(draft.window, accepted)  # type: ignore[arg-type]
 
     def clone(self) -> MacchiatoState:
         """A copy with memory of its own; differentiable."""

@@ -6,8 +6,11 @@ N sequences (B, or the number of packed sequences).
 """
 
 import dataclasses
+import importlib.util
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
 
 import torch
 from latte_ext import LatentState, latent_attention, reference
@@ -202,6 +205,17 @@ def random_mask(batch: int, tokens: int, *, keep: float = 0.6, seed: int = 0) ->
     generator = torch.Generator().manual_seed(seed)
     mask = torch.rand(batch, tokens, generator=generator, device="cpu") < keep
     return mask.to(torch.get_default_device())
+
+
+def load_example(name: str) -> ModuleType:
+    """The module examples/`name`.py."""
+    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 Attention = Callable[..., tuple[Tensor, LatentState]]

@@ -1,37 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """The experiments in examples/ run; what they found lies beside them."""
 
-import importlib.util
 import json
 import re
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
+from helpers import load_example
 from latte_ext import demo
 from latte_ext.nn import VARIANTS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.mark.parametrize("name", ["recall", "language_model"])
 def test_experiment_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert load(name).main(["--quick"]) == 0
+    assert load_example(name).main(["--quick"]) == 0
     assert capsys.readouterr().out.count("parameters") >= 6
 
 
 def test_tasks_are_what_they_say() -> None:
-    recall = load("recall")
+    recall = load_example("recall")
     tokens, targets = recall.copy_task(50, 40, torch.Generator().manual_seed(0))
     marker = (tokens == recall.MARKER).nonzero()
     assert (marker[:, 0] == torch.arange(50)).all()
@@ -48,7 +38,7 @@ def test_tasks_are_what_they_say() -> None:
 
 
 def test_models_have_about_as_many_parameters() -> None:
-    recall = load("recall")
+    recall = load_example("recall")
     for name in recall.MODELS:
         count = sum(p.numel() for p in recall.build_model(name).parameters())
         assert abs(count - recall.PARAMETERS) < 0.005 * recall.PARAMETERS
@@ -56,7 +46,7 @@ def test_models_have_about_as_many_parameters() -> None:
 
 def test_results_are_complete() -> None:
     recall = json.loads((EXAMPLES / "results" / "recall.json").read_text())
-    module = load("recall")
+    module = load_example("recall")
     assert [(row["task"], row["model"]) for row in recall["rows"]] == [
         (task, model) for task in module.TASKS for model in module.MODELS
     ]
@@ -65,7 +55,7 @@ def test_results_are_complete() -> None:
     assert (EXAMPLES / "results" / "recall.md").read_text() == module.markdown(recall["rows"])
     language = json.loads((EXAMPLES / "results" / "language_model.json").read_text())
     assert {row["variant"] for row in language["rows"]} == set(VARIANTS)
-    page = load("language_model").markdown(
+    page = load_example("language_model").markdown(
         language["rows"], language["seconds"], language["trigram"]
     )
     assert (EXAMPLES / "results" / "language_model.md").read_text() == page
@@ -93,7 +83,7 @@ def test_reports_of_several_seeds_are_compared(
         path.write_text(json.dumps({"recipe": {"seed": seed}, "documents": documents}))
         return str(path)
 
-    module = load("compare_extended")
+    module = load_example("compare_extended")
     assert module.main([report(0, -0.10), report(1, -0.18)]) == 0
     # 0.03 of the document and 0.04 = |0.18 - 0.10| / 2 of the seeds.
     row = "| prose | window and sinks | 1024-8192 | -0.100 ± 0.030 | -0.180 ± 0.030 "

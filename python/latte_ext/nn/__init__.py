@@ -4,6 +4,7 @@
 from .attention import LatentAttention as LatentAttention
 from .block import LatteBlock as LatteBlock
 from .block import LayerCache as LayerCache
+from .block import LayerDraft as LayerDraft
 from .checkpoint import load as load
 from .checkpoint import save as save
 from .config import VARIANTS as VARIANTS
@@ -26,6 +27,7 @@ __all__ = [
     "LatteEncoder",
     "LatteLM",
     "LayerCache",
+    "LayerDraft",
     "MacchiatoAttention",
     "MultiheadLatentAttention",
     "RecurrentState",

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._drafts import LatentDraft
+from ..draft import latent_attention_draft
 from ..functional import latent_attention_step
 from ..state import LatentState
 from .operators import WHOLE, Operators
@@ -199,10 +201,7 @@ class LatentAttention(nn.Module):
         x_qk = x if x_qk is None else x_qk
         self._check("x", x, 3)
         self._check("x_qk", x_qk, 3)
-        # (B,T,H,L) to (B,H,T,L) as views: the operator takes any strides.
-        q = self.q_proj(x_qk).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
-        k = self.k_proj(x_qk).unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
-        v = self.v_proj(x).unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
+        q, k, v = self._rows(x, x_qk)
         kept = None
         if self.training and self.latent_dropout > 0:
             q, kept = drop_latents(q, self.latent_dropout, self.scale)
@@ -246,6 +245,33 @@ class LatentAttention(nn.Module):
         y = latent_attention_step(q, k, v, state, scale=self.scale)
         projected: Tensor = self.out_proj(y.flatten(1))
         return projected
+
+    @torch.no_grad()
+    def draft(
+        self, x: Tensor, state: LatentState, *, x_qk: Tensor | None = None
+    ) -> tuple[Tensor, LatentDraft]:
+        """The output (N,w,E) for w more tokens x (N,w,E); `state` is left as it is.
+
+        `state.commit(draft, accepted)` goes on. No dropout, nothing recorded for gradients.
+
+        Raises:
+            ValueError: shapes, or causal is false.
+        """
+        if not self.causal:
+            raise ValueError("[LatentAttention] draft got causal=False, expected causal=True")
+        x_qk = x if x_qk is None else x_qk
+        self._check("x", x, 3)
+        self._check("x_qk", x_qk, 3)
+        q, k, v = self._rows(x, x_qk)
+        y, draft = latent_attention_draft(q, k, v, state, scale=self.scale)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), draft
+
+    def _rows(self, x: Tensor, x_qk: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B,T,H,L) to (B,H,T,L) as views: the operator takes any strides."""
+        q = self.q_proj(x_qk).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+        k = self.k_proj(x_qk).unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
+        v = self.v_proj(x).unflatten(2, (self.kv_heads, -1)).transpose(1, 2)
+        return q, k, v
 
     def _check(self, name: str, x: Tensor, rank: int) -> None:
         check_input("[LatentAttention]", name, x, rank, self.embed_dim)

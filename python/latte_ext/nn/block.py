@@ -14,14 +14,24 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from .._checks import check_type
+from .._drafts import Accepted, MacchiatoDraft, short_conv_commit
 from ..window_cache import MacchiatoState
 from .attention import lecun_normal_
 from .config import LatteConfig
 from .macchiato import MacchiatoAttention
-from .recurrent import RGLRU, RecurrentState, ShortConv
+from .recurrent import RGLRU, ConvDraft, RecurrentDraft, RecurrentState, ShortConv
 
 # Of the convolution, of the RG-LRU, of no mixer.
 MixerState = Tensor | RecurrentState | None
+MixerDraft = ConvDraft | RecurrentDraft | None
+
+
+class LayerDraft(NamedTuple):
+    """What w tokens leave in one block: their factors, not a state."""
+
+    attention: MacchiatoDraft
+    mixer: MixerDraft
 
 
 class LayerCache(NamedTuple):
@@ -52,6 +62,24 @@ class LayerCache(NamedTuple):
         chosen = torch.as_tensor(index)
         return LayerCache(attention, _map(lambda x: x[chosen.to(x.device)], self.mixer))
 
+    def commit(self, draft: LayerDraft, accepted: Accepted) -> None:
+        """The first tokens of a draft of `LatteBlock.draft` enter the cache, in place.
+
+        Args:
+            accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
+
+        Raises:
+            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+        """
+        check_type("LayerCache.commit", "draft", draft, LayerDraft)
+        kind = _DRAFT_KINDS[type(self.mixer)]
+        check_type("LayerCache.commit", "draft.mixer", draft.mixer, kind)
+        self.attention.commit(draft.attention, accepted)
+        if isinstance(self.mixer, RecurrentState):
+            self.mixer.commit(draft.mixer, accepted)  # type: ignore[arg-type]
+        elif self.mixer is not None:
+            short_conv_commit(self.mixer, draft.mixer.x, accepted)  # type: ignore[union-attr]
+
     def clone(self) -> LayerCache:
         """A copy with memory of its own; differentiable."""
         return LayerCache(self.attention.clone(), _map(torch.clone, self.mixer))
@@ -64,6 +92,12 @@ class LayerCache(NamedTuple):
         """The cache on device; shares memory if it is there already."""
         return LayerCache(self.attention.to(device), _map(lambda x: x.to(device), self.mixer))
 
+
+_DRAFT_KINDS: dict[type, type] = {
+    Tensor: ConvDraft,
+    RecurrentState: RecurrentDraft,
+    type(None): type(None),
+}
 
 # As plain data: exported programs and torch.load may hold caches.
 for _kind in (LayerCache, RecurrentState, MacchiatoState):
@@ -196,6 +230,19 @@ class LatteBlock(nn.Module):
         if self.mixer is not None:
             x_qk = self.mixer.step(normed, cache.mixer)  # type: ignore[arg-type]
         return self._mlp(x + self.attention.step(normed, cache.attention, x_qk=x_qk))
+
+    @torch.no_grad()
+    def draft(self, x: Tensor, cache: LayerCache) -> tuple[Tensor, LayerDraft]:
+        """The output (N,w,E) for w more tokens x (N,w,E); `cache` is left as it is, no dropout.
+
+        `cache.commit(draft, accepted)` goes on.
+        """
+        normed = x_qk = self.attention_norm(x)
+        mixer: MixerDraft = None
+        if self.mixer is not None:
+            x_qk, mixer = self.mixer.draft(normed, cache.mixer)  # type: ignore[arg-type]
+        mixed, attention = self.attention.draft(normed, cache.attention, x_qk=x_qk)
+        return self._mlp(x + mixed), LayerDraft(attention, mixer)
 
     def _mlp(self, x: Tensor) -> Tensor:
         hidden = self.mlp_in(self.mlp_norm(x))

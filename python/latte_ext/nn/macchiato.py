@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._drafts import MacchiatoDraft
+from ..draft import latent_attention_draft, macchiato_attention_draft
 from ..functional import latent_attention_step
 from ..macchiato import macchiato_attention_step
 from ..rotary import rotate
@@ -230,6 +232,33 @@ class MacchiatoAttention(nn.Module):
             )
         projected: Tensor = self.out_proj(y.flatten(1))
         return projected
+
+    @torch.no_grad()
+    def draft(
+        self, x: Tensor, state: MacchiatoState, *, x_qk: Tensor | None = None
+    ) -> tuple[Tensor, MacchiatoDraft]:
+        """The output (N,w,E) for w more tokens x (N,w,E); `state` is left as it is.
+
+        `state.commit(draft, accepted)` goes on. No dropout, nothing recorded for gradients.
+
+        Raises:
+            ValueError: shapes, or causal is false.
+        """
+        if not self.causal:
+            raise ValueError(f"{_OP} draft got causal=False, expected causal=True")
+        x_qk = x if x_qk is None else x_qk
+        check_input(_OP, "x", x, 3, self.embed_dim)
+        check_input(_OP, "x_qk", x_qk, 3, self.embed_dim)
+        q_latent, k_latent = self._latent_logits(x_qk)
+        v = _heads(self.v_proj(x), self.kv_heads)
+        if state.window is None:
+            assert state.latent is not None
+            y, latent = latent_attention_draft(q_latent, *self._spread(k_latent, v), state.latent)
+            draft = MacchiatoDraft(latent, None)
+        else:
+            q, k = self._window_rows(x, state.window.position, None)
+            y, draft = macchiato_attention_draft(q_latent, k_latent, q, k, v, state)
+        return self.out_proj(y.transpose(1, 2).flatten(2)), draft
 
     def _attend(
         self,

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._drafts import Accepted
 from .attention import lecun_normal_
-from .block import LatteBlock, LayerCache, norm
+from .block import LatteBlock, LayerCache, LayerDraft, norm
 from .config import LatteConfig
 from .operators import WHOLE, Operators
 
@@ -123,6 +124,42 @@ class LatteLM(nn.Module):
             x = block.step(x, layer_cache)
         logits: Tensor = self.head(self.norm(x))
         return logits
+
+    @torch.no_grad()
+    def draft(self, tokens: Tensor, cache: list[LayerCache]) -> tuple[Tensor, list[LayerDraft]]:
+        """Logits (N,w,V) after each of w more tokens (N,w) per sequence; `cache` stays as it is.
+
+        One pass over the weights for all w tokens, which is what speculative decoding gains by;
+        `commit` then lets some of them enter the cache. The logits equal those of w steps up to
+        the rounding of the matrix products. No dropout, nothing recorded for gradients.
+
+        Raises:
+            ValueError: shapes.
+        """
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"[LatteLM] draft got tokens of shape {tuple(tokens.shape)}, expected (N, w)"
+            )
+        x: Tensor = self.embedding(tokens)
+        drafts = []
+        for block, layer_cache in zip(self._blocks(), cache, strict=True):
+            x, draft = block.draft(x, layer_cache)
+            drafts.append(draft)
+        return self.head(self.norm(x)), drafts
+
+    @staticmethod
+    def commit(cache: list[LayerCache], draft: list[LayerDraft], accepted: Accepted) -> None:
+        """The first tokens of a draft enter the cache, in place.
+
+        Args:
+            cache: the one that `draft` was made with, or a copy of it.
+            accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
+
+        Raises:
+            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+        """
+        for layer_cache, layer_draft in zip(cache, draft, strict=True):
+            layer_cache.commit(layer_draft, accepted)
 
     @torch.no_grad()
     def generate(

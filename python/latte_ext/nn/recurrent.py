@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_type
+from .._drafts import Accepted, rg_lru_commit
 from ..convolution import short_conv_step
 from ..recurrence import rg_lru_step
 from .operators import WHOLE, Operators
@@ -41,6 +43,28 @@ class RecurrentState(NamedTuple):
     @property
     def nbytes(self) -> int:
         return self.h.nbytes + self.fresh.nbytes
+
+    @torch.no_grad()
+    def commit(self, draft: RecurrentDraft, accepted: Accepted) -> None:
+        """The first accepted (N,) tokens of a draft of `RGLRU.draft` enter the state, in place."""
+        check_type("RecurrentState.commit", "draft", draft, RecurrentDraft)
+        rg_lru_commit(self.h, *draft, accepted, fresh=self.fresh)
+        self.fresh.logical_and_(torch.as_tensor(accepted, device=self.fresh.device) == 0)
+
+
+class RecurrentDraft(NamedTuple):
+    """The inputs of `rg_lru` for w tokens: x and its gates (N,w,C), log_lambda (C,)."""
+
+    x: Tensor
+    gate_a: Tensor
+    gate_x: Tensor
+    log_lambda: Tensor
+
+
+class ConvDraft(NamedTuple):
+    """The inputs (N,w,C) of `short_conv` for w tokens of N sequences."""
+
+    x: Tensor
 
 
 class RGLRU(nn.Module):
@@ -177,6 +201,19 @@ class RGLRU(nn.Module):
         state.fresh.zero_()
         return y
 
+    @torch.no_grad()
+    def draft(self, x: Tensor, state: RecurrentState) -> tuple[Tensor, RecurrentDraft]:
+        """The output (N,w,C) for w more tokens x (N,w,C); `state` is left as it is.
+
+        Raises:
+            ValueError: shapes, or causal is false.
+        """
+        if not self.causal:
+            raise ValueError("[RGLRU] draft got causal=False, expected causal=True")
+        self._check(x, 3)
+        draft = RecurrentDraft(x, *self._gates(x, 0), self.log_lambda[0])
+        return self.operators.rg_lru(*draft, h0=state.h, fresh=state.fresh), draft
+
     def _check(self, x: Tensor, rank: int) -> None:
         if x.dim() != rank or x.shape[-1] != self.channels:
             axes = "(B, T, C)" if rank == 3 else "(N, C)"
@@ -308,6 +345,20 @@ class ShortConv(nn.Module):
         if not self.causal:
             raise ValueError("[ShortConv] step got causal=False, expected causal=True")
         return short_conv_step(x, self.weight, self.bias, state)
+
+    @torch.no_grad()
+    def draft(self, x: Tensor, state: Tensor) -> tuple[Tensor, ConvDraft]:
+        """The output (N,w,C) for w more tokens x (N,w,C); `state` is left as it is.
+
+        `latte_ext.short_conv_commit(state, draft.x, accepted)` goes on.
+
+        Raises:
+            ValueError: shapes, or causal is false.
+        """
+        if not self.causal:
+            raise ValueError("[ShortConv] draft got causal=False, expected causal=True")
+        y = self.operators.short_conv(x, self.weight, self.bias, state=state)
+        return y, ConvDraft(x)
 
 
 def _last_real(before: Tensor, x: Tensor, key_mask: Tensor) -> Tensor:
