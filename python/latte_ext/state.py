@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from . import reference
 from ._drafts import Accepted, LatentDraft, check_draft, commit_latents, count_accepted
-from ._select import select
+from ._select import Index, concat, scatter, select
 from ._serialise import pack, unpack
 from .reference import StateTensors
 
@@ -168,7 +168,7 @@ class LatentState:
         """Raises, in the name of `op`, for what is not a draft of this state."""
         check_draft(op, draft, LatentDraft, self.mean, self.latents, self.dim)
 
-    def select(self, index: Sequence[int] | Sequence[bool] | Tensor) -> LatentState:
+    def select(self, index: Index) -> LatentState:
         """The states of some sequences, in new tensors, repeats allowed (beam search).
 
         Args:
@@ -180,6 +180,28 @@ class LatentState:
                 accelerator are range-checked by the device, which reports it in its own way.)
         """
         return LatentState(*select("[LatentState.select]", self.tensors(), index))
+
+    @classmethod
+    def concat(cls, states: Iterable[LatentState]) -> LatentState:
+        """One state of the sequences of all `states`, in order, in new tensors; differentiable.
+
+        Raises:
+            ValueError: none, or shapes that differ in more than N; TypeError: types or dtypes;
+            RuntimeError: devices.
+        """
+        return concat("[LatentState.concat]", cls, states)
+
+    def scatter(self, index: Index, source: LatentState) -> None:
+        """The sequences of `source` take the places `index` of this state, in place.
+
+        Args:
+            index: as in `select`, without repeats.
+
+        Raises:
+            ValueError: an index that does not fit or repeats, or shapes that differ in more than
+                N; TypeError: types or dtypes; RuntimeError: devices.
+        """
+        scatter("[LatentState.scatter]", self, index, source)
 
     def clone(self) -> LatentState:
         """A copy with memory of its own; differentiable."""

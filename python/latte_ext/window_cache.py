@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from ._drafts import (
     commit_window,
     count_accepted,
 )
-from ._select import select
+from ._select import Index, concat, scatter, select
 from ._serialise import pack, unpack
 from .state import LatentState
 
@@ -123,7 +123,7 @@ class WindowCache:
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.tensors())
 
-    def select(self, index: Sequence[int] | Sequence[bool] | Tensor) -> WindowCache:
+    def select(self, index: Index) -> WindowCache:
         """The caches of some sequences, in new tensors, repeats allowed (beam search).
 
         Args:
@@ -133,6 +133,28 @@ class WindowCache:
             TypeError: index is neither integer nor bool. ValueError: it does not fit.
         """
         return WindowCache(*select("[WindowCache.select]", self.tensors(), index))
+
+    @classmethod
+    def concat(cls, states: Iterable[WindowCache]) -> WindowCache:
+        """One cache of the sequences of all `states`, in order, in new tensors; differentiable.
+
+        Raises:
+            ValueError: none, or shapes that differ in more than N; TypeError: types or dtypes;
+            RuntimeError: devices.
+        """
+        return concat("[WindowCache.concat]", cls, states)
+
+    def scatter(self, index: Index, source: WindowCache) -> None:
+        """The sequences of `source` take the places `index` of this cache, in place.
+
+        Args:
+            index: as in `select`, without repeats.
+
+        Raises:
+            ValueError: an index that does not fit or repeats, or shapes that differ in more than
+                N; TypeError: types or dtypes; RuntimeError: devices.
+        """
+        scatter("[WindowCache.scatter]", self, index, source)
 
     @torch.no_grad()
     def commit(self, draft: WindowDraft, accepted: Accepted) -> None:
@@ -275,12 +297,34 @@ class MacchiatoState(NamedTuple):
         """Memory of the tensors in bytes."""
         return sum(part.nbytes for part in self if part is not None)
 
-    def select(self, index: Sequence[int] | Sequence[bool] | Tensor) -> MacchiatoState:
+    def select(self, index: Index) -> MacchiatoState:
         """The states of some sequences, as `WindowCache.select`."""
         return MacchiatoState(
             None if self.latent is None else self.latent.select(index),
             None if self.window is None else self.window.select(index),
         )
+
+    @classmethod
+    def concat(cls, states: Iterable[MacchiatoState]) -> MacchiatoState:
+        """One state of the sequences of all `states`, in order, in new tensors; differentiable.
+
+        Raises:
+            ValueError: none, or shapes that differ in more than N; TypeError: types or dtypes;
+            RuntimeError: devices.
+        """
+        return concat("[MacchiatoState.concat]", cls, states)
+
+    def scatter(self, index: Index, source: MacchiatoState) -> None:
+        """The sequences of `source` take the places `index` of this state, in place.
+
+        Args:
+            index: as in `select`, without repeats.
+
+        Raises:
+            ValueError: an index that does not fit or repeats, or shapes that differ in more than
+                N; TypeError: types or dtypes; RuntimeError: devices.
+        """
+        scatter("[MacchiatoState.scatter]", self, index, source)
 
     def commit(self, draft: MacchiatoDraft, accepted: Accepted) -> None:
         """The first tokens of a draft enter the state, in place; bit for bit as by steps (T6).

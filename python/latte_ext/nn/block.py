@@ -6,7 +6,7 @@ Notation: B batch, T tokens, E model width, N sequences (B, or len(cu_seqlens) -
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .._checks import check_type
 from .._drafts import Accepted, MacchiatoDraft, short_conv_commit
+from .._select import Index, concat, scatter, select
 from ..window_cache import MacchiatoState
 from .attention import lecun_normal_
 from .config import LatteConfig
@@ -49,7 +50,7 @@ class LayerCache(NamedTuple):
         """Memory of the tensors in bytes."""
         return self.attention.nbytes + (0 if self.mixer is None else self.mixer.nbytes)
 
-    def select(self, index: Sequence[int] | Sequence[bool] | Tensor) -> LayerCache:
+    def select(self, index: Index) -> LayerCache:
         """The caches of some sequences, in new tensors, repeats allowed (beam search).
 
         Args:
@@ -59,8 +60,30 @@ class LayerCache(NamedTuple):
             TypeError: index is neither integer nor bool. ValueError: it does not fit.
         """
         attention = self.attention.select(index)
-        chosen = torch.as_tensor(index)
-        return LayerCache(attention, _map(lambda x: x[chosen.to(x.device)], self.mixer))
+        op = "[LayerCache.select]"
+        return LayerCache(attention, _map(lambda x: select(op, [x], index)[0], self.mixer))
+
+    @classmethod
+    def concat(cls, states: Iterable[LayerCache]) -> LayerCache:
+        """One cache of the sequences of all `states`, in order, in new tensors; differentiable.
+
+        Raises:
+            ValueError: none, or shapes that differ in more than N; TypeError: types or dtypes;
+            RuntimeError: devices.
+        """
+        return concat("[LayerCache.concat]", cls, states)
+
+    def scatter(self, index: Index, source: LayerCache) -> None:
+        """The sequences of `source` take the places `index` of this cache, in place.
+
+        Args:
+            index: as in `select`, without repeats.
+
+        Raises:
+            ValueError: an index that does not fit or repeats, or shapes that differ in more than
+                N; TypeError: types or dtypes; RuntimeError: devices.
+        """
+        scatter("[LayerCache.scatter]", self, index, source)
 
     def commit(self, draft: LayerDraft, accepted: Accepted) -> None:
         """The first tokens of a draft of `LatteBlock.draft` enter the cache, in place.
