@@ -8,7 +8,7 @@ if importlib.util.find_spec("torch") is not None:
     # First, so that the core shares torch's OpenMP runtime instead of starting its own.
     import torch  # noqa: F401
 
-    from . import reference
+    from . import reference, storage
     from ._drafts import LatentDraft as LatentDraft
     from ._drafts import MacchiatoDraft as MacchiatoDraft
     from ._drafts import WindowDraft as WindowDraft
@@ -24,6 +24,7 @@ if importlib.util.find_spec("torch") is not None:
     from .functional import latent_attention_step as latent_attention_step
     from .macchiato import macchiato_attention as macchiato_attention
     from .macchiato import macchiato_attention_step as macchiato_attention_step
+    from .prefix_cache import PrefixCache as PrefixCache
     from .recurrence import linear_recurrence as linear_recurrence
     from .recurrence import rg_lru as rg_lru
     from .recurrence import rg_lru_step as rg_lru_step
@@ -49,6 +50,7 @@ __all__ = [
     "LatentState",
     "MacchiatoDraft",
     "MacchiatoState",
+    "PrefixCache",
     "WindowCache",
     "WindowDraft",
     "WindowSinks",
@@ -71,4 +73,5 @@ __all__ = [
     "sliding_window_attention",
     "sliding_window_attention_draft",
     "sliding_window_attention_step",
+    "storage",
 ]

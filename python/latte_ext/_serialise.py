@@ -3,6 +3,7 @@
 
 Layout: 8 bytes of magic, version u16, length u8 and name of the kind, tensor count u8; per tensor
 dtype u8, rank u8, sizes u64; CRC-32 of all of that; the elements of every tensor; CRC-32 of these.
+Version 2, for nested states: length u32 and text of the structure, tensor count u32, then as 1.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 _MAGIC = b"\x93latte\r\n"
 _VERSION = 1
+_TREE_VERSION = 2
 _MAX_RANK = 8
 # Part of the format: never renumber.
 _CODES = {
@@ -27,6 +29,7 @@ _CODES = {
     torch.float16: 4,
     torch.int64: 5,
     torch.bool: 6,
+    torch.int8: 7,
 }
 _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 
@@ -34,12 +37,14 @@ _DTYPES = {code: dtype for dtype, code in _CODES.items()}
 def pack(kind: str, tensors: Sequence[Tensor]) -> bytes:
     """The tensors' values, from whatever device, with `kind` as the name of what they are."""
     name = kind.encode()
-    header = _MAGIC + struct.pack("<HB", _VERSION, len(name)) + name + bytes([len(tensors)])
-    payload = b""
-    for x in tensors:
-        header += struct.pack(f"<BB{x.dim()}Q", _CODES[x.dtype], x.dim(), *x.shape)
-        payload += _swapped(_bytes_of(x.detach().cpu().contiguous()), x.element_size())
-    return header + _checksum(header) + payload + _checksum(payload)
+    return _pack(struct.pack("<HB", _VERSION, len(name)) + name + bytes([len(tensors)]), tensors)
+
+
+def pack_tree(structure: str, tensors: Sequence[Tensor]) -> bytes:
+    """The same for any number of tensors, with a text that says how they belong together."""
+    text = structure.encode()
+    prefix = struct.pack("<HI", _TREE_VERSION, len(text)) + text
+    return _pack(prefix + struct.pack("<I", len(tensors)), tensors)
 
 
 def unpack(op: str, kind: str, data: bytes | bytearray | memoryview) -> list[Tensor]:
@@ -49,25 +54,56 @@ def unpack(op: str, kind: str, data: bytes | bytearray | memoryview) -> list[Ten
         TypeError: data is not bytes.
         ValueError: truncated, damaged, of another kind or version, or trailing bytes.
     """
+    reader = _open(op, data, _VERSION)
+    name = reader.take(reader.numbers("<B", "kind")[0], "kind")
+    if name != kind.encode():
+        raise ValueError(f"{op} data holds a {name!r}, expected {kind.encode()!r}")
+    return _tensors(reader, reader.numbers("<B", "tensor count")[0])
+
+
+def unpack_tree(op: str, data: bytes | bytearray | memoryview) -> tuple[str, list[Tensor]]:
+    """The text and the tensors of `pack_tree`; raises as `unpack`."""
+    reader = _open(op, data, _TREE_VERSION)
+    text = reader.take(reader.numbers("<I", "structure")[0], "structure")
+    tensors = _tensors(reader, reader.numbers("<I", "tensor count")[0])
+    try:
+        return text.decode(), tensors
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{op} data has a structure that is no text ({error})") from None
+
+
+def _pack(prefix: bytes, tensors: Sequence[Tensor]) -> bytes:
+    layouts, parts = [], []
+    for x in tensors:
+        layouts.append(struct.pack(f"<BB{x.dim()}Q", _CODES[x.dtype], x.dim(), *x.shape))
+        parts.append(_swapped(_bytes_of(x.detach().cpu().contiguous()), x.element_size()))
+    header, payload = b"".join([_MAGIC, prefix, *layouts]), b"".join(parts)
+    return header + _checksum(header) + payload + _checksum(payload)
+
+
+def _open(op: str, data: bytes | bytearray | memoryview, version: int) -> _Reader:
+    """Stands behind magic and version."""
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise TypeError(f"{op} data is a {type(data).__name__}, expected bytes")
     reader = _Reader(op, bytes(data))
     magic = reader.take(len(_MAGIC), "magic")
     if magic != _MAGIC:
         raise ValueError(f"{op} data begins with {magic!r}, expected {_MAGIC!r}")
-    version, length = reader.numbers("<HB", "version")
-    if version != _VERSION:
-        raise ValueError(f"{op} data has version {version}, expected {_VERSION}")
-    name = reader.take(length, "kind")
-    if name != kind.encode():
-        raise ValueError(f"{op} data holds a {name!r}, expected {kind.encode()!r}")
-    layout = [_read_layout(reader) for _ in range(reader.numbers("<B", "tensor count")[0])]
+    (found,) = reader.numbers("<H", "version")
+    if found != version:
+        raise ValueError(f"{op} data has version {found}, expected {version}")
+    return reader
+
+
+def _tensors(reader: _Reader, count: int) -> list[Tensor]:
+    """The layouts of `count` tensors, and then their elements."""
+    layout = [_read_layout(reader) for _ in range(count)]
     reader.check(0, "header")
     begin = reader.at
     sizes = [math.prod(shape) * dtype.itemsize for dtype, shape in layout]
     if sum(sizes) + 4 != reader.left:
         raise ValueError(
-            f"{op} data has {reader.left} bytes after the header, expected {sum(sizes) + 4}"
+            f"{reader.op} data has {reader.left} bytes after the header, expected {sum(sizes) + 4}"
         )
     parts = [reader.take(size, "elements") for size in sizes]
     reader.check(begin, "elements")

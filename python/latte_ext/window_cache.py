@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from . import storage
 from ._checks import check_type
 from ._drafts import (
     Accepted,
@@ -351,6 +352,26 @@ class MacchiatoState(NamedTuple):
         if self.window is not None:
             self.window.commit(draft.window, accepted)  # type: ignore[arg-type]
 
+    def to_bytes(self) -> bytes:
+        """The state in a portable form, as `latte_ext.storage.to_bytes`."""
+        return storage.to_bytes(self)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | bytearray | memoryview) -> MacchiatoState:
+        """What `to_bytes` saved, bit for bit, on the CPU.
+
+        Raises:
+            TypeError: data is not bytes.
+            ValueError: truncated, damaged, of another kind or version, or not a state's shapes.
+        """
+        state = storage.from_bytes(data)
+        if not isinstance(state, cls):
+            raise ValueError(
+                f"[MacchiatoState.from_bytes] data holds a {type(state).__name__}, expected a "
+                "MacchiatoState"
+            )
+        return state
+
     def clone(self) -> MacchiatoState:
         """A copy with memory of its own; differentiable."""
         return MacchiatoState(
@@ -371,6 +392,10 @@ class MacchiatoState(NamedTuple):
             None if self.latent is None else self.latent.to(device),
             None if self.window is None else self.window.to(device),
         )
+
+
+storage.register_kind(WindowCache, *[("Tensor",)] * 4)
+storage.register_kind(MacchiatoState, ("LatentState", "None"), ("WindowCache", "None"))
 
 
 def _check(cache: WindowCache) -> None:

@@ -15,6 +15,8 @@ from torch import Tensor
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from .. import storage
+from ..nn.recurrent import RecurrentState
 from ..window_cache import MacchiatoState, WindowCache
 from .latents import MixerState
 from .sinks import Sinks
@@ -188,10 +190,65 @@ class LatteCache(Cache):  # type: ignore[misc]
             )
         super().__init__(layers=[LatteLayer() for _ in range(config.num_hidden_layers)])
 
+    def to_bytes(self) -> bytes:
+        """The past in a portable form, as `storage.to_bytes`; recorded calls are not kept.
+
+        Raises:
+            TypeError: see there.
+        """
+        return storage.to_bytes([_stored(layer.past) for layer in self.layers])
+
+    @classmethod
+    def from_bytes(
+        cls, config: PreTrainedConfig, data: bytes | bytearray | memoryview
+    ) -> LatteCache:
+        """What `to_bytes` of a cache for a model of this `config` saved, bit for bit, on the CPU.
+
+        Raises:
+            TypeError: data is not bytes.
+            ValueError: truncated, damaged, of another kind or version or number of layers.
+        """
+        cache, pasts = cls(config), storage.from_bytes(data)
+        if not isinstance(pasts, list) or len(pasts) != len(cache.layers):
+            raise ValueError(
+                f"[LatteCache.from_bytes] data is not of {len(cache.layers)} layers, expected the "
+                "cache of a model of this config"
+            )
+        for layer, stored in zip(cache.layers, pasts, strict=True):
+            if stored is not None:
+                layer.advance(_restored(stored), None)
+        return cache
+
     @property
     def nbytes(self) -> int:
         """Memory of the past in bytes."""
         return sum(layer.past.nbytes for layer in self.layers if layer.past is not None)
+
+
+def _stored(past: Past | None) -> list[Any] | None:
+    if past is None:
+        return None
+    sinks = None if past.sinks is None else [*past.sinks]
+    return [torch.tensor([past.tokens]), past.attention, sinks, past.mixer]
+
+
+def _restored(stored: Any) -> Past:
+    if not isinstance(stored, list) or len(stored) != 4:
+        raise ValueError("[LatteCache.from_bytes] data has other parts than the past of a layer")
+    tokens, attention, sinks, mixer = stored
+    count = sinks is None or (isinstance(sinks, list) and len(sinks) == 3)
+    if not (
+        count
+        and isinstance(tokens, Tensor)
+        and tokens.shape == (1,)
+        and tokens.dtype == torch.int64
+        and isinstance(attention, MacchiatoState)
+        and attention.window is not None
+        and all(isinstance(x, Tensor) for x in sinks or [])
+        and (mixer is None or isinstance(mixer, (Tensor, RecurrentState)))
+    ):
+        raise ValueError("[LatteCache.from_bytes] data has other parts than the past of a layer")
+    return Past(int(tokens), attention, None if sinks is None else Sinks(*sinks), mixer)
 
 
 def _is_tensor(part: object) -> bool:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from .._checks import check_type
 from .._drafts import Accepted, MacchiatoDraft, short_conv_commit
 from .._select import Index, concat, scatter, select
+from ..storage import register_kind
 from ..window_cache import MacchiatoState
 from .attention import lecun_normal_
 from .config import LatteConfig
@@ -126,6 +127,19 @@ _DRAFT_KINDS: dict[type, type] = {
 for _kind in (LayerCache, RecurrentState, MacchiatoState):
     pytree._register_namedtuple(_kind, serialized_type_name=f"latte_ext.{_kind.__name__}")
 torch.serialization.add_safe_globals([LayerCache, RecurrentState])
+
+
+def _recurrent(h: Tensor, fresh: Tensor) -> RecurrentState:
+    if h.dim() != 2 or fresh.shape != h.shape[:1] or fresh.dtype != torch.bool:
+        raise ValueError(
+            f"[RecurrentState] h has shape {tuple(h.shape)} and fresh {tuple(fresh.shape)} of "
+            f"{fresh.dtype}, expected (N, C) and (N,) of torch.bool"
+        )
+    return RecurrentState(h, fresh)
+
+
+register_kind(RecurrentState, ("Tensor",), ("Tensor",), build=_recurrent)
+register_kind(LayerCache, ("MacchiatoState",), ("Tensor", "RecurrentState", "None"))
 
 
 def _map(function: Callable[[Tensor], Tensor], state: MixerState) -> MixerState:
