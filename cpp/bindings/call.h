@@ -72,6 +72,17 @@ void call(void (*on_cpu)(const Params&, void*, int), OnCuda on_cuda, const Param
   }
 }
 
+// The same without a workspace.
+template <class Params>
+void call(void (*on_cpu)(const Params&), void (*on_cuda)(const Params&, void*),
+          const Params& params, const py::handle& where) {
+  const Stream* const stream = PyLong_Check(where.ptr()) ? nullptr : &where.cast<const Stream&>();
+  const py::gil_scoped_release release;
+  if (!stream) return on_cpu(params);
+  cuda::set_device(stream->device);
+  on_cuda(params, reinterpret_cast<void*>(stream->handle));
+}
+
 // Of window.cpp.
 void define_window(py::module_& m);
 

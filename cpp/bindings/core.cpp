@@ -96,6 +96,15 @@ void step(const py::object& q, const py::object& k, const py::object& v, const p
   call(latent_attention_step, cuda::latent_attention_step, p, where);
 }
 
+void merge(const py::object& max, const py::object& norm, const py::object& mean,
+           const py::object& other_max, const py::object& other_norm, const py::object& other_mean,
+           const py::object& out_max, const py::object& out_norm, const py::object& out_mean,
+           const py::object& where) {
+  const StateMerge p{state(max, norm, mean), state(other_max, other_norm, other_mean),
+                     state(out_max, out_norm, out_mean)};
+  call(state_merge, cuda::state_merge, p, where);
+}
+
 // A method of a tensor by its interned name.
 template <class... Args>
 py::object call_method(PyObject* name, const py::handle& tensor, const Args&... args) {
@@ -184,6 +193,10 @@ PYBIND11_MODULE(_core, m) {
   m.def("latent_attention_step", &step, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("max"),
         py::arg("norm"), py::arg("mean"), py::arg("y"), py::arg("scale"), py::arg("where"),
         "Updates the state in place and writes y.");
+  m.def("state_merge", &merge, py::arg("max"), py::arg("norm"), py::arg("mean"),
+        py::arg("other_max"), py::arg("other_norm"), py::arg("other_mean"), py::arg("out_max"),
+        py::arg("out_norm"), py::arg("out_mean"), py::arg("where"),
+        "Writes the state of the tokens of both.");
   m.def("latent_attention_step_plain", &step_plain, py::arg("q"), py::arg("k"), py::arg("v"),
         py::arg("max"), py::arg("norm"), py::arg("mean"), py::arg("scale"), py::arg("threads"),
         "Updates the state in place and returns y; None, and nothing written, unless every "

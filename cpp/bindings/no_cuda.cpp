@@ -41,6 +41,7 @@ void sliding_window_backward(const SlidingWindowBackward&, void*, void*) { fail(
 void sliding_window_step(const SlidingWindowStep&, void*, void*) { fail(); }
 void macchiato_forward(const MacchiatoForward&, void*, void*) { fail(); }
 void macchiato_step(const MacchiatoStep&, void*, void*) { fail(); }
+void state_merge(const StateMerge&, void*) { fail(); }
 void rotate(const Rotate&, void*, void*) { fail(); }
 
 Info info() {

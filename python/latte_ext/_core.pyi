@@ -79,6 +79,18 @@ def latent_attention_step(
     scale: float,
     where: Where,
 ) -> None: ...
+def state_merge(
+    max: Tensor,
+    norm: Tensor,
+    mean: Tensor,
+    other_max: Tensor,
+    other_norm: Tensor,
+    other_mean: Tensor,
+    out_max: Tensor,
+    out_norm: Tensor,
+    out_mean: Tensor,
+    where: Where,
+) -> None: ...
 def latent_attention_step_plain(
     q: Tensor,
     k: Tensor,

@@ -19,9 +19,14 @@ EMULATED = _core.cuda_info()["emulated"]
 KERNELS: set[str] = set()
 
 
+def on_device(x: Tensor) -> bool:
+    """Whether a kernel on x is a CUDA kernel."""
+    return x.is_cuda or EMULATED
+
+
 def where(x: Tensor) -> _core.Where:
     """For a kernel on x and other tensors of its device."""
-    if not (x.is_cuda or EMULATED):
+    if not on_device(x):
         return torch.get_num_threads()
     index, handle = 0, 0
     if x.is_cuda:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _compositions, _core
+from . import _compositions, _core, reference
 from ._autograd import composed, differentiable, in_place
 from ._batching import ATTENTION
 from ._checks import check_cu_seqlens, check_rank
@@ -138,6 +138,45 @@ def _step_kernel(
     return y
 
 
+def _merge_fake(max: Tensor, norm: Tensor, mean: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    check_rank("state_merge", 4, mean=mean)
+    return like(max), like(norm), like(mean)
+
+
+def _merge_kernel(
+    max: Tensor,
+    norm: Tensor,
+    mean: Tensor,
+    other_max: Tensor,
+    other_norm: Tensor,
+    other_mean: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    out = _merge_fake(max, norm, mean)
+    _core.state_merge(max, norm, mean, other_max, other_norm, other_mean, *out, where(mean))
+    return out
+
+
+def _merge_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.save_for_backward(*inputs)
+    ctx.mark_non_differentiable(output[0])
+
+
+def _merge_gradients(ctx: Any, _: Tensor, d_norm: Tensor, d_mean: Tensor) -> Any:
+    """By the reference: merges of training are few and small."""
+    saved = ctx.saved_tensors
+    leaves = [x.detach().requires_grad_() for x in saved]
+    with torch.enable_grad():
+        _, norm, mean = reference.merge(tuple(leaves[:3]), tuple(leaves[3:]))
+    carried = (*leaves[1:3], *leaves[4:])
+    da, db, dc, dd = torch.autograd.grad((norm, mean), carried, (d_norm, d_mean))
+    return None, da, db, None, dc, dd
+
+
+state_merge = register(
+    "state_merge(Tensor max, Tensor norm, Tensor mean, Tensor other_max, Tensor other_norm, "
+    "Tensor other_mean) -> (Tensor max, Tensor norm, Tensor mean)",
+    _merge_kernel, _merge_fake, differentiable(_merge_save, _merge_gradients), ATTENTION,
+)  # fmt: skip
 latent_attention = register(
     "latent_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens, "
     "Tensor? max, Tensor? norm, Tensor? mean, bool causal, float scale)"

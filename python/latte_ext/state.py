@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from . import reference
+from . import _ops, reference
+from ._autograd import is_differentiated
+from ._device import on_device
 from ._drafts import Accepted, LatentDraft, check_draft, commit_latents, count_accepted
 from ._select import Index, concat, scatter, select
 from ._serialise import pack, unpack
@@ -146,6 +148,8 @@ class LatentState:
             raise TypeError(f"{op} other has dtype {other.dtype}, expected {self.dtype}")
         if other.device != self.device:
             raise RuntimeError(f"{op} other is on {other.device}, expected {self.device}")
+        if _can_merge_by_kernel(self, other):
+            return LatentState(*_ops.state_merge(*self, *other))
         return LatentState(*reference.merge(self.tensors(), other.tensors()))
 
     @torch.no_grad()
@@ -240,6 +244,17 @@ class LatentState:
             f"LatentState(batch={self.batch}, heads={self.heads}, latents={self.latents}, "
             f"dim={self.dim}, dtype={self.dtype}, device='{self.device}')"
         )
+
+
+def _can_merge_by_kernel(a: LatentState, b: LatentState) -> bool:
+    """On a device, in one launch, where nothing is differentiated or transformed: torch's dozen
+    operations can be, to any order."""
+    return (
+        on_device(a.mean)
+        and not is_differentiated(*a, *b)
+        and torch.autograd.forward_ad._current_level < 0
+        and not torch._C._are_functorch_transforms_active()
+    )
 
 
 def _check(op: str, logits: dict[str, Tensor], mean: Tensor) -> None:

@@ -5,13 +5,14 @@ import copy
 import io
 import math
 import pickle
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from helpers import make_problem
+from helpers import make_problem, on_cuda
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latte_ext import LatentState, latent_attention
+from latte_ext import LatentState, latent_attention, reference
 from torch import Tensor
 
 F64 = torch.float64
@@ -25,15 +26,18 @@ def make_state(
     """A state of tokens; a share `holes` of its latents is empty."""
     n, heads, latents, dim = shape or (3, 2, 5, 4)
     generator = torch.Generator().manual_seed(seed)
-    k = spread * torch.randn(n, heads, 4, latents, generator=generator, dtype=F64)
-    v = torch.randn(n, heads, 4, dim, generator=generator, dtype=F64)
-    unused = torch.rand(n, heads, 1, latents, generator=generator) < holes
+    k = spread * torch.randn(n, heads, 4, latents, generator=generator, dtype=F64, device="cpu")
+    v = torch.randn(n, heads, 4, dim, generator=generator, dtype=F64, device="cpu")
+    unused = torch.rand(n, heads, 1, latents, generator=generator, device="cpu") < holes
     k = k.masked_fill(unused, -torch.inf)
-    return state_of(k.to(dtype), v.to(dtype))
+    return state_of(k.to(dtype), v.to(dtype)).to(torch.get_default_device())
 
 
 def state_of(k: Tensor, v: Tensor) -> LatentState:
-    return latent_attention(torch.zeros_like(k), k, v, causal=False, return_state=True)[1]
+    # The latents of float64 are of the CPU only.
+    backend = "reference" if on_cuda() else None
+    q = torch.zeros_like(k)
+    return latent_attention(q, k, v, causal=False, return_state=True, backend=backend)[1]
 
 
 def assert_states_close(a: LatentState, b: LatentState, tolerance: float = 1e-13) -> None:
@@ -168,6 +172,7 @@ SPREADS = st.sampled_from([0.1, 1.0, 30.0, 1e4])
 HOLES = st.sampled_from([0.0, 0.3, 1.0])
 
 
+@pytest.mark.devices
 @SETTINGS
 @given(seeds=st.tuples(SEEDS, SEEDS, SEEDS), spread=SPREADS, holes=HOLES)
 def test_merge_is_associative(seeds: tuple[int, int, int], spread: float, holes: float) -> None:
@@ -175,6 +180,7 @@ def test_merge_is_associative(seeds: tuple[int, int, int], spread: float, holes:
     assert_states_close(a.merge(b).merge(c), a.merge(b.merge(c)), 1e-12)
 
 
+@pytest.mark.devices
 @SETTINGS
 @given(seeds=st.tuples(SEEDS, SEEDS), spread=SPREADS, holes=HOLES)
 def test_merge_is_commutative(seeds: tuple[int, int], spread: float, holes: float) -> None:
@@ -182,27 +188,31 @@ def test_merge_is_commutative(seeds: tuple[int, int], spread: float, holes: floa
     assert_states_close(a.merge(b), b.merge(a))
 
 
+@pytest.mark.devices
 @SETTINGS
 @given(seed=SEEDS, spread=SPREADS, holes=HOLES)
 def test_empty_is_the_identity(seed: int, spread: float, holes: float) -> None:
     """Exactly, from either side, the empty state with itself included."""
     state = make_state(2, 1, 4, 3, seed=seed, spread=spread, holes=holes)
-    empty = LatentState.empty(2, 1, 4, 3, dtype=F64, device="cpu")
+    empty = LatentState.empty(2, 1, 4, 3, dtype=F64)
     assert_states_equal(empty.merge(state), state)
     assert_states_equal(state.merge(empty), state)
     assert_states_equal(empty.merge(empty), empty)
 
 
+@pytest.mark.devices
 @SETTINGS
 @given(cut=st.integers(0, 12), seed=SEEDS, spread=SPREADS)
 def test_merge_is_the_state_of_both(cut: int, seed: int, spread: float) -> None:
     generator = torch.Generator().manual_seed(seed)
-    k = spread * torch.randn(1, 2, 12, 3, generator=generator, dtype=F64)
-    v = torch.randn(1, 2, 12, 5, generator=generator, dtype=F64)
+    k = spread * torch.randn(1, 2, 12, 3, generator=generator, dtype=F64, device="cpu")
+    v = torch.randn(1, 2, 12, 5, generator=generator, dtype=F64, device="cpu")
+    k, v = (x.to(torch.get_default_device()) for x in (k, v))
     merged = state_of(k[:, :, :cut], v[:, :, :cut]).merge(state_of(k[:, :, cut:], v[:, :, cut:]))
     assert_states_close(merged, state_of(k, v))
 
 
+@pytest.mark.devices
 def test_merge_leaves_its_arguments() -> None:
     a, b = make_state(seed=1), make_state(seed=2)
     copies = a.clone(), b.clone()
@@ -213,6 +223,7 @@ def test_merge_leaves_its_arguments() -> None:
     assert_states_equal(b, copies[1])
 
 
+@pytest.mark.devices
 def test_merge_gradients_avoid_empty_latents() -> None:
     a, b = make_state(seed=1, holes=0.5), make_state(seed=2, holes=0.5)
     leaves = [x.clone().requires_grad_() for s in (a, b) for x in (s.norm, s.mean)]
@@ -221,6 +232,42 @@ def test_merge_gradients_avoid_empty_latents() -> None:
     assert not any(g.isnan().any() for g in gradients)
     assert (gradients[1][a.norm == 0] == 0).all()
     assert (gradients[3][b.norm == 0] == 0).all()
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("holes", [0.0, 0.5])
+def test_merge_operator(holes: float) -> None:
+    """What LatentState.merge calls on a device: values and gradients of the reference."""
+    states = [make_state(seed=seed, spread=3.0, holes=holes) for seed in (1, 2)]
+    cotangents = [torch.randn_like(x) for x in states[0].tensors()[1:]]
+
+    def solve(merge: Callable[..., Sequence[Tensor]]) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for state in states for x in (state.norm, state.mean)]
+        _, *carried = merge(states[0].max, *leaves[:2], states[1].max, *leaves[2:])
+        return [*carried, *torch.autograd.grad(carried, leaves, cotangents)]
+
+    got = solve(torch.ops.latte_ext.state_merge)
+    want = solve(lambda *x: reference.merge(x[:3], x[3:]))
+    for x, y in zip(got, want, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-13, atol=1e-13)
+    arguments = [
+        x.clone().requires_grad_(i % 3 > 0) for i, x in enumerate((*states[0], *states[1]))
+    ]
+    torch.library.opcheck(torch.ops.latte_ext.state_merge.default, arguments)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: [*x[:5], x[5][0]], "b.mean has shape"),
+        (lambda x: [x[0].float(), *x[1:]], "a.max has dtype float32"),
+        (lambda x: [*x[:3], x[3][:, :1], *x[4:]], "b.max has shape"),
+    ],
+)
+def test_bad_merge_operator(change: Callable[[list[Tensor]], list[Tensor]], message: str) -> None:
+    arguments = change([*make_state(seed=1), *make_state(seed=2)])
+    with pytest.raises((ValueError, TypeError), match=rf"^\[state_merge\] {message}.*expected"):
+        torch.ops.latte_ext.state_merge(*arguments)
 
 
 # Select, copies ----------------------------------------------------------------------------------
