@@ -25,6 +25,10 @@ if importlib.util.find_spec("torch") is not None:
     from .macchiato import macchiato_attention as macchiato_attention
     from .macchiato import macchiato_attention_step as macchiato_attention_step
     from .prefix_cache import PrefixCache as PrefixCache
+    from .quantisation import QuantisedState as QuantisedState
+    from .quantisation import dequantise as dequantise
+    from .quantisation import quantisation_error as quantisation_error
+    from .quantisation import quantise as quantise
     from .recurrence import linear_recurrence as linear_recurrence
     from .recurrence import rg_lru as rg_lru
     from .recurrence import rg_lru_step as rg_lru_step
@@ -51,10 +55,12 @@ __all__ = [
     "MacchiatoDraft",
     "MacchiatoState",
     "PrefixCache",
+    "QuantisedState",
     "WindowCache",
     "WindowDraft",
     "WindowSinks",
     "__version__",
+    "dequantise",
     "latent_attention",
     "latent_attention_draft",
     "latent_attention_step",
@@ -63,6 +69,8 @@ __all__ = [
     "macchiato_attention",
     "macchiato_attention_draft",
     "macchiato_attention_step",
+    "quantisation_error",
+    "quantise",
     "reference",
     "rg_lru",
     "rg_lru_commit",

@@ -395,7 +395,9 @@ class MacchiatoState(NamedTuple):
 
 
 storage.register_kind(WindowCache, *[("Tensor",)] * 4)
-storage.register_kind(MacchiatoState, ("LatentState", "None"), ("WindowCache", "None"))
+storage.register_kind(
+    MacchiatoState, ("LatentState", "QuantisedState", "None"), ("WindowCache", "None")
+)
 
 
 def _check(cache: WindowCache) -> None:
