@@ -33,43 +33,46 @@ def select(op: str, tensors: Sequence[Tensor], index: Index) -> list[Tensor]:
         ) from error
 
 
-def concat(op: str, kind: type[State], states: Iterable[State]) -> State:
-    """One state of the sequences of all `states`, in order, in new tensors.
+def concat_states(cls: type[State], states: Iterable[State]) -> State:
+    """One of these of the sequences of all `states`, in order, in new tensors; differentiable.
 
     Raises:
         ValueError: no states, or shapes that differ in more than N. TypeError: other types or
             dtypes. RuntimeError: devices.
     """
+    op = f"[{cls.__name__}.concat]"
     parts = list(states)
     if not parts:
         raise ValueError(f"{op} got no states, expected at least one")
     for i, part in enumerate(parts):
-        if not isinstance(part, kind):
-            raise TypeError(
-                f"{op} states[{i}] is a {type(part).__name__}, expected {kind.__name__}"
-            )
+        if not isinstance(part, cls):
+            raise TypeError(f"{op} states[{i}] is a {type(part).__name__}, expected {cls.__name__}")
         _check_alike(op, f"states[{i}]", part, parts[0])
     leaves = zip(*(pytree.tree_leaves(part) for part in parts), strict=True)
     joined = [None if column[0] is None else torch.cat(column) for column in leaves]
     return pytree.tree_unflatten(joined, pytree.tree_structure(parts[0]))  # type: ignore[no-any-return]
 
 
-def scatter(op: str, state: State, index: Index, source: State) -> None:
-    """The sequences of `source` take the places `index` of `state`, in place.
+def scatter_states(self: State, index: Index, source: State) -> None:
+    """The sequences of `source` take the places `index`, in place.
+
+    Args:
+        index: as in `select`, without repeats.
 
     Raises:
         ValueError: an index that does not fit, repeats or has another length than the sequences of
             source, or shapes that differ in more than N. TypeError: other types or dtypes.
             RuntimeError: devices.
     """
-    if type(source) is not type(state):
+    op = f"[{type(self).__name__}.scatter]"
+    if type(source) is not type(self):
         raise TypeError(
-            f"{op} source is a {type(source).__name__}, expected a {type(state).__name__}"
+            f"{op} source is a {type(source).__name__}, expected a {type(self).__name__}"
         )
-    _check_alike(op, "source", source, state)
+    _check_alike(op, "source", source, self)
     pairs = [
         (x, y)
-        for x, y in zip(pytree.tree_leaves(state), pytree.tree_leaves(source), strict=True)
+        for x, y in zip(pytree.tree_leaves(self), pytree.tree_leaves(source), strict=True)
         if x is not None
     ]
     batch, count = pairs[0][0].shape[0], pairs[0][1].shape[0]

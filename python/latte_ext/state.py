@@ -14,7 +14,7 @@ from . import _ops, reference
 from ._autograd import is_differentiated
 from ._device import on_device
 from ._drafts import Accepted, LatentDraft, check_draft, commit_latents, count_accepted
-from ._select import Index, concat, scatter, select
+from ._select import Index, concat_states, scatter_states, select
 from ._serialise import pack, unpack
 from .reference import StateTensors
 
@@ -185,27 +185,8 @@ class LatentState:
         """
         return LatentState(*select("[LatentState.select]", self.tensors(), index))
 
-    @classmethod
-    def concat(cls, states: Iterable[LatentState]) -> LatentState:
-        """One state of the sequences of all `states`, in order, in new tensors; differentiable.
-
-        Raises:
-            ValueError: none, or shapes that differ in more than N; TypeError: types or dtypes;
-            RuntimeError: devices.
-        """
-        return concat("[LatentState.concat]", cls, states)
-
-    def scatter(self, index: Index, source: LatentState) -> None:
-        """The sequences of `source` take the places `index` of this state, in place.
-
-        Args:
-            index: as in `select`, without repeats.
-
-        Raises:
-            ValueError: an index that does not fit or repeats, or shapes that differ in more than
-                N; TypeError: types or dtypes; RuntimeError: devices.
-        """
-        scatter("[LatentState.scatter]", self, index, source)
+    concat = classmethod(concat_states)
+    scatter = scatter_states
 
     def clone(self) -> LatentState:
         """A copy with memory of its own; differentiable."""

@@ -20,7 +20,7 @@ from ._drafts import (
     commit_window,
     count_accepted,
 )
-from ._select import Index, concat, scatter, select
+from ._select import Index, concat_states, scatter_states, select
 from ._serialise import pack, unpack
 from .state import LatentState
 
@@ -135,27 +135,8 @@ class WindowCache:
         """
         return WindowCache(*select("[WindowCache.select]", self.tensors(), index))
 
-    @classmethod
-    def concat(cls, states: Iterable[WindowCache]) -> WindowCache:
-        """One cache of the sequences of all `states`, in order, in new tensors; differentiable.
-
-        Raises:
-            ValueError: none, or shapes that differ in more than N; TypeError: types or dtypes;
-            RuntimeError: devices.
-        """
-        return concat("[WindowCache.concat]", cls, states)
-
-    def scatter(self, index: Index, source: WindowCache) -> None:
-        """The sequences of `source` take the places `index` of this cache, in place.
-
-        Args:
-            index: as in `select`, without repeats.
-
-        Raises:
-            ValueError: an index that does not fit or repeats, or shapes that differ in more than
-                N; TypeError: types or dtypes; RuntimeError: devices.
-        """
-        scatter("[WindowCache.scatter]", self, index, source)
+    concat = classmethod(concat_states)
+    scatter = scatter_states
 
     @torch.no_grad()
     def commit(self, draft: WindowDraft, accepted: Accepted) -> None:
@@ -307,25 +288,12 @@ class MacchiatoState(NamedTuple):
 
     @classmethod
     def concat(cls, states: Iterable[MacchiatoState]) -> MacchiatoState:
-        """One state of the sequences of all `states`, in order, in new tensors; differentiable.
-
-        Raises:
-            ValueError: none, or shapes that differ in more than N; TypeError: types or dtypes;
-            RuntimeError: devices.
-        """
-        return concat("[MacchiatoState.concat]", cls, states)
+        """As `LatentState.concat`."""
+        return concat_states(cls, states)
 
     def scatter(self, index: Index, source: MacchiatoState) -> None:
-        """The sequences of `source` take the places `index` of this state, in place.
-
-        Args:
-            index: as in `select`, without repeats.
-
-        Raises:
-            ValueError: an index that does not fit or repeats, or shapes that differ in more than
-                N; TypeError: types or dtypes; RuntimeError: devices.
-        """
-        scatter("[MacchiatoState.scatter]", self, index, source)
+        """As `LatentState.scatter`."""
+        scatter_states(self, index, source)
 
     def commit(self, draft: MacchiatoDraft, accepted: Accepted) -> None:
         """The first tokens of a draft enter the state, in place; bit for bit as by steps (T6).

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .._checks import check_type
 from .._drafts import Accepted, MacchiatoDraft, short_conv_commit
-from .._select import Index, concat, scatter, select
+from .._select import Index, concat_states, scatter_states, select
 from ..storage import register_kind
 from ..window_cache import MacchiatoState
 from .attention import lecun_normal_
@@ -66,25 +66,12 @@ class LayerCache(NamedTuple):
 
     @classmethod
     def concat(cls, states: Iterable[LayerCache]) -> LayerCache:
-        """One cache of the sequences of all `states`, in order, in new tensors; differentiable.
-
-        Raises:
-            ValueError: none, or shapes that differ in more than N; TypeError: types or dtypes;
-            RuntimeError: devices.
-        """
-        return concat("[LayerCache.concat]", cls, states)
+        """As `LatentState.concat`."""
+        return concat_states(cls, states)
 
     def scatter(self, index: Index, source: LayerCache) -> None:
-        """The sequences of `source` take the places `index` of this cache, in place.
-
-        Args:
-            index: as in `select`, without repeats.
-
-        Raises:
-            ValueError: an index that does not fit or repeats, or shapes that differ in more than
-                N; TypeError: types or dtypes; RuntimeError: devices.
-        """
-        scatter("[LayerCache.scatter]", self, index, source)
+        """As `LatentState.scatter`."""
+        scatter_states(self, index, source)
 
     def commit(self, draft: LayerDraft, accepted: Accepted) -> None:
         """The first tokens of a draft of `LatteBlock.draft` enter the cache, in place.
