@@ -58,9 +58,9 @@ def register(
 
 def mark_updated(*tensors: Tensor) -> None:
     """Autograd then refuses a backward pass that saved a tensor before this update."""
-    for tensor in tensors:
-        if not tensor.is_inference():
-            torch.autograd.graph.increment_version(tensor)
+    tracked = [tensor for tensor in tensors if not tensor.is_inference()]
+    if tracked:
+        torch.autograd.graph.increment_version(tracked)
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:

@@ -124,17 +124,17 @@ def directional(function: Function, inputs: Sequence[Tensor]) -> Callable[..., T
     return loss
 
 
+def tangents(inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x.detach().nan_to_num(neginf=0.0).cos() for x in inputs)
+
+
 TRANSFORMS: dict[str, Callable[..., Any]] = {
     "grad": lambda f, n: func.grad(f, n),
     "grad of grad": lambda f, n: func.grad(
         lambda *x: sum(g.sin().sum() for g in func.grad(f, n)(*x)), n
     ),
-    "reverse over forward": lambda f, n: func.grad(
-        lambda *x: func.jvp(f, x, tuple(t.cos() for t in x))[1], n
-    ),
-    "forward over reverse": lambda f, n: (
-        lambda *x: func.jvp(func.grad(f, n), x, tuple(t.cos() for t in x))[1]
-    ),
+    "reverse over forward": lambda f, n: func.grad(lambda *x: func.jvp(f, x, tangents(x))[1], n),
+    "forward over reverse": lambda f, n: lambda *x: func.jvp(func.grad(f, n), x, tangents(x))[1],
 }
 
 
@@ -179,6 +179,42 @@ def test_compositions_are_the_operators(case: str, dtype: torch.dtype) -> None:
     ):
         for got, want in zip(composition(*arguments), operator(*arguments), strict=True):
             torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+def test_compositions_in_their_own_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert _compositions.CHUNK == 16
+    problem = make_problem(3, 4, 70, lengths=(16, 37, 0, 17), dtype=torch.float64)
+    arguments = (problem.q, problem.k, problem.v, None, problem.cu_seqlens, None, None, None)
+    cotangents = (problem.dy, problem.d_norm, problem.d_mean)
+    for got, want in (
+        (_compositions.latent_attention, OPS.latent_attention),
+        (_compositions.latent_attention_backward, OPS.latent_attention_backward),
+    ):
+        given = cotangents if want is OPS.latent_attention_backward else ()
+        for x, y in zip(
+            got(*arguments, *given, True, 1.0), want(*arguments, *given, True, 1.0), strict=True
+        ):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_absent_keys(transform: str) -> None:
+    """-inf logits, latents without a token, masked NaN: finite derivatives, the reference's."""
+    q, k, v = (torch.randn(1, 1, 9, 3, dtype=torch.float64) for _ in range(3))
+    k[:, :, :4, 0] = k[..., 1] = k[:, :, :2] = -torch.inf
+    q[:, :, 3] = -torch.inf
+    key_mask = torch.ones(1, 9, dtype=torch.bool)
+    key_mask[:, 5] = False
+    k[:, :, 5] = v[:, :, 5] = torch.nan
+
+    def loss(backend: str | None) -> Callable[..., Tensor]:
+        return lambda *x: latent_attention(*x, key_mask=key_mask, backend=backend).sin().sum()  # type: ignore[call-overload, no-any-return]
+
+    results = [TRANSFORMS[transform](loss(b), (0, 1, 2))(q, k, v) for b in (None, "reference")]
+    for got, want in zip(*results, strict=True):
+        assert got[:, :, key_mask[0]].isfinite().all()
+        torch.testing.assert_close(got, want, equal_nan=True)
 
 
 def test_memory_of_double_backward_is_linear() -> None:
