@@ -3,11 +3,11 @@
 // that a call copies bytes and catches exceptions, and decides nothing.
 #include "latte/latte_c.h"
 
+#include <bit>
 #include <cstddef>
 #include <cstdio>
-#include <cstring>
+#include <exception>
 #include <string>
-#include <type_traits>
 
 #include "latte/latte.h"
 
@@ -53,12 +53,8 @@ latte_status guarded(Body body) noexcept {
 
 template <class Cpp, class C>
 Cpp converted(const char* op, const C* args) {
-  static_assert(sizeof(Cpp) == sizeof(C) && alignof(Cpp) == alignof(C));
-  static_assert(std::is_trivially_copyable_v<Cpp>);
   if (!args) refuse(op, "args is NULL, expected a structure");
-  Cpp params;
-  std::memcpy(&params, args, sizeof params);
-  return params;
+  return std::bit_cast<Cpp>(*args);
 }
 
 template <class Cpp, class C>
@@ -68,8 +64,7 @@ latte_status initialise(const char* op, C* args, size_t size) {
     if (size != sizeof *args)
       refuse(op, "args has " + std::to_string(size) + " bytes, expected " +
                      std::to_string(sizeof *args) + " as in version " + latte::version());
-    const Cpp defaults;
-    std::memcpy(args, &defaults, sizeof defaults);
+    *args = std::bit_cast<C>(Cpp{});
   });
 }
 
