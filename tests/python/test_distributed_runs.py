@@ -25,7 +25,8 @@ from sharded_helpers import Pool, free_port, join
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-EXAMPLE = Path(__file__).parents[2] / "examples" / "train_context_parallel.py"
+ROOT = Path(__file__).parents[2]
+EXAMPLE = ROOT / "examples" / "train_context_parallel.py"
 
 
 class Traffic(TorchDispatchMode):
@@ -148,8 +149,13 @@ def test_sequences_are_cut(pool: Pool) -> None:
         assert all(error.startswith("[shard_sequence] lengths are (") for error in errors)
 
 
-def load_example() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("train_context_parallel", EXAMPLE)
+def test_the_projection_is_computed_as_the_page_says() -> None:
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    assert load(ROOT / "tools" / "project_context_parallel.py").table() in page
+
+
+def load(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -159,7 +165,7 @@ def load_example() -> ModuleType:
 
 def train_whole(steps: int) -> list[float]:
     """The example's training in this process, without torch.distributed."""
-    example = load_example()
+    example = load(EXAMPLE)
     model = example.build_model()
     optimizer = example.build_optimizer(model)
     losses = []

@@ -10,9 +10,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from helpers import make_problem, random_mask, solve
-from latte_ext import LatentState
+from latte_ext import LatentState, reference
 from latte_ext.distributed import context_parallel
-from sharded_helpers import LENGTHS, PACKED, Call, Pool, assert_sharded_is_whole, cuts
+from latte_ext.distributed._summary import summarise
+from sharded_helpers import LENGTHS, PACKED, Call, Pool, assert_sharded_is_whole, cuts, normal
 from torch import Tensor
 
 
@@ -159,3 +160,24 @@ def _error_of(group: dist.ProcessGroup, rank: int, change: dict[str, Any]) -> st
 def test_without_torch_distributed_it_says_so() -> None:
     with pytest.raises(RuntimeError, match=r"\[context_parallel\] torch.distributed is not init"):
         context_parallel(latte_ext.latent_attention)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 9])
+@pytest.mark.parametrize("scale", [1.0, 0.6])
+@pytest.mark.parametrize("masked", [False, True])
+def test_what_a_rank_tells_of_its_tokens(tokens: int, scale: float, masked: bool) -> None:
+    """The state is that of the reference, with its gradients."""
+    k, v = normal(2, 3, tokens, 4), normal(2, 3, tokens, 5, seed=1)
+    k[:, :, :, 0] = -math.inf
+    mask = random_mask(2, tokens) if masked else None
+    if masked:
+        v = torch.where(random_mask(2, tokens)[:, None, :, None], v, math.nan)
+    d_norm, d_mean = normal(2, 3, 4, seed=2), normal(2, 3, 4, 5, seed=3)
+    found = []
+    for function in (summarise, reference.summary):
+        inputs = k.clone().requires_grad_(), v.clone().requires_grad_()
+        state = function(*inputs, scale=scale, key_mask=mask)
+        loss = (state[1] * d_norm).sum() + (state[2] * d_mean).sum()
+        found.append((*(x.detach() for x in state), *torch.autograd.grad(loss, inputs)))
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)

@@ -15,6 +15,7 @@ from .. import reference
 from ..reference import StateTensors
 from ._exchange import Ranks
 from ._layout import Sharing
+from ._summary import summarise
 
 # What one result is merged of: pieces by the ranks that hold them and their number there.
 Chosen = Sequence[tuple[range, int]]
@@ -82,7 +83,7 @@ def _summary(
     piece: slice, k: Tensor, v: Tensor, scale: float, key_mask: Tensor | None
 ) -> StateTensors:
     mask = None if key_mask is None else key_mask[:, piece]
-    return reference.summary(k[:, :, piece], v[:, :, piece], scale=scale, key_mask=mask)
+    return summarise(k[:, :, piece], v[:, :, piece], scale=scale, key_mask=mask)
 
 
 def _exchange(
