@@ -3,6 +3,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import latte_ext
@@ -166,6 +170,18 @@ def test_activation_checkpoints(pool: Pool) -> None:
     for plain, recomputed in pool.run(3, _checkpointed, parts):
         for name, want in plain.items():
             assert torch.equal(recomputed[name], want), name
+
+
+def test_only_its_own_package_imports_torch_distributed() -> None:
+    package = Path(latte_ext.__file__).parent
+    users = {
+        path.relative_to(package).parts[0]
+        for path in package.rglob("*.py")
+        if re.search(r"^\s*(import|from) torch\.distributed", path.read_text(), re.MULTILINE)
+    }
+    assert users == {"distributed"}
+    code = "import sys, latte_ext; assert 'latte_ext.distributed' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 class Unwrapped(nn.Module):

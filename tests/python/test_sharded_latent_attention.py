@@ -118,6 +118,12 @@ def test_states(pool: Pool, lengths: tuple[int, ...]) -> None:
         ({"lengths": (3, 3)}, r"\[latent_attention\] lengths are \(3, 3\) with 5 tokens"),
         ({"cu_seqlens": torch.tensor([0, 7])}, r"\[latent_attention\] cu_seqlens is \(0, 7\)"),
         ({"cu_seqlens": torch.zeros(2)}, r"\[latent_attention\] cu_seqlens has .* torch.float32"),
+        ({"cu_seqlens": torch.zeros(2, 2).int()}, r"\[latent_attention\] cu_seqlens has shape"),
+        ({"cu_seqlens": [0, 10]}, r"\[latent_attention\] cu_seqlens is a list"),
+        (
+            {"batch": 2, "cu_seqlens": torch.tensor([0, 10])},
+            r"\[latent_attention\] got cu_seqlens with a batch of 2",
+        ),
         ({"state": 3}, r"\[latent_attention\] state is a int"),
         (
             {"state": LatentState.empty(2, 2, 4, 3), "causal": False},
@@ -131,7 +137,7 @@ def test_states(pool: Pool, lengths: tuple[int, ...]) -> None:
             {"cu_seqlens": torch.tensor([0, 10]), "return_state": True},
             r"\[latent_attention\] got return_state with cu_seqlens",
         ),
-        ({"batch": 1}, r"\[latent_attention\] ranks have batches of \[1, 2\]"),
+        ({"batches": (1, 2)}, r"\[latent_attention\] ranks have batches of \[1, 2\]"),
         ({"op": len}, r"\[context_parallel\] target is <built-in function len>, expected a module"),
         ({"group": 3}, r"\[context_parallel\] group is a int, expected a ProcessGroup"),
     ],
@@ -143,9 +149,9 @@ def test_bad_input(pool: Pool, change: dict[str, Any], message: str) -> None:
 
 def _error_of(group: dist.ProcessGroup, rank: int, change: dict[str, Any]) -> str:
     change = dict(change)
-    batch = 2 if "cu_seqlens" not in change else 1
-    if "batch" in change:
-        batch = change.pop("batch") + rank
+    batch = change.pop("batch", 2 if "cu_seqlens" not in change else 1)
+    if "batches" in change:
+        batch = change.pop("batches")[rank]
         change["cu_seqlens"] = torch.tensor([0, 10])
     shapes = {"q": (batch, 2, 5, 4), "k": (batch, 2, 5, 4), "v": (batch, 2, 5, 3)}
     tensors = {name: torch.zeros(shape) for name, shape in shapes.items()}

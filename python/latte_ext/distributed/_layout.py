@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._checks import check_cu_seqlens, check_type
 from .._sharding import known_lengths
 from ._exchange import Ranks
 
@@ -197,7 +198,7 @@ def make_layout(
             f"[{op}] lengths are {lengths} with {tokens} tokens on rank {ranks.rank}, expected the "
             f"tokens of each of {ranks.size} ranks"
         )
-    return _layout(ranks.rank, lengths, _borders(op, sum(lengths), cu_seqlens))
+    return _layout(ranks.rank, lengths, _borders(op, x.shape[0], sum(lengths), cu_seqlens))
 
 
 def refuse_states(op: str, **given: object) -> None:
@@ -214,14 +215,17 @@ def refuse_states(op: str, **given: object) -> None:
 _layout = lru_cache(maxsize=16)(Layout)
 
 
-def _borders(op: str, total: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
+def _borders(op: str, batch: int, total: int, cu_seqlens: Tensor | None) -> tuple[int, ...]:
     if cu_seqlens is None:
         return (0, total)
-    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
-        raise ValueError(
-            f"[{op}] cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}, "
-            "expected (sequences + 1,) of torch.int32 or torch.int64"
+    check_type(op, "cu_seqlens", cu_seqlens, Tensor)
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(
+            f"[{op}] cu_seqlens has dtype {cu_seqlens.dtype}, expected torch.int32 or torch.int64"
         )
+    check_cu_seqlens(op, cu_seqlens)
+    if batch != 1:
+        raise ValueError(f"[{op}] got cu_seqlens with a batch of {batch}, expected 1")
     borders = tuple(cu_seqlens.tolist())
     if borders[:1] != (0,) or borders[-1] != total or list(borders) != sorted(borders):
         raise ValueError(

@@ -72,8 +72,9 @@ def _positions(
     device: torch.device,
 ) -> Tensor:
     """`latte_ext.rotary.positions` of this rank's tokens in their sequences."""
-    on_device = torch.empty(0, device=device)
-    first = make_layout("positions", ranks, on_device, tokens, cu_seqlens, None).first
+    # As a batch of one: positions are those of every row.
+    row = torch.empty(1, tokens, device=device)
+    first = make_layout("positions", ranks, row, tokens, cu_seqlens, None).first
     if cu_seqlens is None:
         return positions_of_whole(tokens, offset=offset + first, device=device)
     borders = (cu_seqlens - first).clamp(0, tokens)

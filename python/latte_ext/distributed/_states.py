@@ -148,24 +148,10 @@ class _Merge(torch.autograd.Function):
             _told(merged[i], merged[i + 1], merged[i + 2], grads[i + 1], grads[i + 2])
             for i in range(0, len(merged), 3)
         ]
-        width = told[0].numel()
-        rows = [
-            [
-                row
-                for row, c in zip(told, reads[ranks.rank], strict=True)
-                if _piece_of(other, c) >= 0
-            ]
-            for other in range(ranks.size)
-        ]
-        # The numbers of this rank's pieces that are told of, in the order of the ranks that tell.
-        pieces = [[n for c in read if (n := _piece_of(ranks.rank, c)) >= 0] for read in reads]
-        counts = [[width * len(side) for side in sides] for sides in (pieces, rows)]
-        sent = torch.cat([told[0][:0], *(row for other in rows for row in other)])
-        received = sent.new_empty(sum(counts[0]))
-        ranks.call(ctx.op, dist.all_to_all_single, received, sent, *counts)
-
-        numbers = torch.tensor([n for rank in pieces for n in rank], device=max.device)
-        top, a, b = (x[:, 0] for x in _unpack(received.view(-1, 1, width), mean))
+        readers = [[n for c in read if (n := _piece_of(ranks.rank, c)) >= 0] for read in reads]
+        received = _send_back(ctx.op, ranks, told, reads[ranks.rank], readers)
+        numbers = torch.tensor([n for reader in readers for n in reader], device=max.device)
+        top, a, b = (x[:, 0] for x in _unpack(received.unsqueeze(1), mean))
         d_norm, d_mean = torch.zeros_like(norm), torch.zeros_like(mean)
         for n in range(norm.shape[0]):
             of_piece = numbers == n
@@ -174,6 +160,32 @@ class _Merge(torch.autograd.Function):
             d_norm[n] = (factor * (a[of_piece] + from_mean)).sum(0)
             d_mean[n] = ((factor * norm[n]).unsqueeze(-1) * b[of_piece]).sum(0)
         return None, d_norm, d_mean, None, None, None
+
+
+def _send_back(
+    op: str,
+    ranks: Ranks,
+    told: Sequence[Tensor],
+    read: Sequence[Chosen],
+    readers: Sequence[Sequence[int]],
+) -> Tensor:
+    """What the readers of this rank's pieces tell (readers, C), in the order of ranks.
+
+    Args:
+        told: of each of this rank's results (C,), for all that it read in it.
+        read: what each of its results was merged of.
+        readers: of every rank, the numbers of this rank's pieces that it tells of.
+    """
+    rows = [
+        [row for row, chosen in zip(told, read, strict=True) if _piece_of(other, chosen) >= 0]
+        for other in range(ranks.size)
+    ]
+    width = told[0].numel()
+    counts = [[width * len(side) for side in sides] for sides in (readers, rows)]
+    sent = torch.cat([told[0][:0], *(row for other in rows for row in other)])
+    received = sent.new_empty(sum(counts[0]))
+    ranks.call(op, dist.all_to_all_single, received, sent, *counts)
+    return received.view(-1, width)
 
 
 def _piece_of(rank: int, chosen: Chosen) -> int:
