@@ -12,16 +12,10 @@ namespace {
 constexpr const char* kForward = "macchiato_attention";
 constexpr const char* kStep = "macchiato_attention_step";
 
-WindowProblem check(const MacchiatoForward& p) {
-  const WindowProblem problem = validate(p, Memory::device);
-  check_window(kForward, problem);
-  return problem;
-}
-
 class ForwardPlan {
  public:
   explicit ForwardPlan(const MacchiatoForward& p)
-      : problem_(check(p)), latent_(p.latent), window_(p.window, problem_) {
+      : problem_(window_problem(kForward, p)), latent_(p.latent), window_(p.window, problem_) {
     latent_.q = behind_gate(p.q_latent);
     latent_.cu_seqlens = p.window.cu_seqlens, latent_.causal = p.window.causal;
     window_.args.gate = gate_of(p.q_latent, problem_.latents, p.latent.scale);

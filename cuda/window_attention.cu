@@ -11,9 +11,7 @@ constexpr const char* kBackward = "sliding_window_attention_backward";
 
 template <class Plan, class Params>
 Plan plan_of(const char* op, const Params& params) {
-  const WindowProblem problem = validate(params, Memory::device);
-  check_window(op, problem);
-  return Plan(params, problem);
+  return Plan(params, window_problem(op, params));
 }
 
 }  // namespace

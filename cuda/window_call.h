@@ -13,6 +13,13 @@ namespace latte::cuda {
 void check_channels(const char* op, const WindowProblem& problem);
 void check_window(const char* op, const WindowProblem& problem);
 
+template <class Params>
+WindowProblem window_problem(const char* op, const Params& params) {
+  const WindowProblem problem = validate(params, Memory::device);
+  check_window(op, problem);
+  return problem;
+}
+
 class WindowForwardPlan {
  public:
   WindowForwardPlan(const SlidingWindowForward& params, const WindowProblem& problem);
