@@ -49,6 +49,7 @@ LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowForward& params);
 LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowBackward& params);
 LATTE_EXPORT int64_t workspace_bytes(const SlidingWindowStep& params);
 LATTE_EXPORT int64_t workspace_bytes(const MacchiatoForward& params);
+LATTE_EXPORT int64_t workspace_bytes(const MacchiatoBackward& params);
 LATTE_EXPORT int64_t workspace_bytes(const MacchiatoStep& params);
 LATTE_EXPORT int64_t workspace_bytes(const Rotate& params);
 
@@ -75,6 +76,8 @@ LATTE_EXPORT void sliding_window_backward(const SlidingWindowBackward& params, v
 LATTE_EXPORT void sliding_window_step(const SlidingWindowStep& params, void* workspace,
                                       void* stream);
 LATTE_EXPORT void macchiato_forward(const MacchiatoForward& params, void* workspace, void* stream);
+LATTE_EXPORT void macchiato_backward(const MacchiatoBackward& params, void* workspace,
+                                     void* stream);
 LATTE_EXPORT void macchiato_step(const MacchiatoStep& params, void* workspace, void* stream);
 LATTE_EXPORT void rotate(const Rotate& params, void* workspace, void* stream);
 
