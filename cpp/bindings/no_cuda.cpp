@@ -24,6 +24,7 @@ int64_t workspace_bytes(const SlidingWindowForward&) { fail(); }
 int64_t workspace_bytes(const SlidingWindowBackward&) { fail(); }
 int64_t workspace_bytes(const SlidingWindowStep&) { fail(); }
 int64_t workspace_bytes(const MacchiatoForward&) { fail(); }
+int64_t workspace_bytes(const MacchiatoBackward&) { fail(); }
 int64_t workspace_bytes(const MacchiatoStep&) { fail(); }
 int64_t workspace_bytes(const Rotate&) { fail(); }
 
@@ -40,6 +41,7 @@ void sliding_window_forward(const SlidingWindowForward&, void*, void*) { fail();
 void sliding_window_backward(const SlidingWindowBackward&, void*, void*) { fail(); }
 void sliding_window_step(const SlidingWindowStep&, void*, void*) { fail(); }
 void macchiato_forward(const MacchiatoForward&, void*, void*) { fail(); }
+void macchiato_backward(const MacchiatoBackward&, void*, void*) { fail(); }
 void macchiato_step(const MacchiatoStep&, void*, void*) { fail(); }
 void state_merge(const StateMerge&, void*) { fail(); }
 void rotate(const Rotate&, void*, void*) { fail(); }

@@ -194,7 +194,7 @@ void gated_backward(Object q_latent, Object k_latent, Object v_latent, Object q,
       window_gradient(window_inputs(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink,
                                     sink_position, start, window, past, causal, scale, softcap),
                       log_sum, wide, dy, py::none(), dq, dk, dv, dq_sink, dk_sink, dv_sink);
-  call(macchiato_backward, not_on_cuda, p, where);
+  call(macchiato_backward, cuda::macchiato_backward, p, where);
 }
 
 void gated_step(Object q_latent, Object k_latent, Object v_latent, Object q, Object k, Object v,

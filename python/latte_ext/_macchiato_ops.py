@@ -245,7 +245,7 @@ _backward = register(
     "float softcap, float latent_scale) -> (Tensor dq_latent, Tensor dk_latent, Tensor dv_latent, "
     "Tensor dq, Tensor dk, Tensor dv, Tensor d_norm, Tensor d_mean, Tensor dq_sink, "
     "Tensor dk_sink, Tensor dv_sink)",
-    _backward_kernel, _backward_fake, once_differentiable, ATTENTION, cuda=False,
+    _backward_kernel, _backward_fake, once_differentiable, ATTENTION,
 )  # fmt: skip
 macchiato_attention_step = register(
     "macchiato_attention_step(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, "
