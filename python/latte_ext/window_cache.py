@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -274,6 +274,9 @@ class MacchiatoState(NamedTuple):
     latent: LatentState | None
     window: WindowCache | None
 
+    def _map(self, function: Callable[[Any], Any]) -> MacchiatoState:
+        return MacchiatoState(*(None if part is None else function(part) for part in self))
+
     @property
     def nbytes(self) -> int:
         """Memory of the tensors in bytes."""
@@ -281,10 +284,7 @@ class MacchiatoState(NamedTuple):
 
     def select(self, index: Index) -> MacchiatoState:
         """The states of some sequences, as `WindowCache.select`."""
-        return MacchiatoState(
-            None if self.latent is None else self.latent.select(index),
-            None if self.window is None else self.window.select(index),
-        )
+        return self._map(lambda part: part.select(index))
 
     @classmethod
     def concat(cls, states: Iterable[MacchiatoState]) -> MacchiatoState:
@@ -342,24 +342,15 @@ class MacchiatoState(NamedTuple):
 
     def clone(self) -> MacchiatoState:
         """A copy with memory of its own; differentiable."""
-        return MacchiatoState(
-            None if self.latent is None else self.latent.clone(),
-            None if self.window is None else self.window.clone(),
-        )
+        return self._map(lambda part: part.clone())
 
     def detach(self) -> MacchiatoState:
         """The same memory, cut from the autograd graph."""
-        return MacchiatoState(
-            None if self.latent is None else self.latent.detach(),
-            None if self.window is None else self.window.detach(),
-        )
+        return self._map(lambda part: part.detach())
 
     def to(self, device: torch.device | str) -> MacchiatoState:
         """The state on device; shares memory if it is there already."""
-        return MacchiatoState(
-            None if self.latent is None else self.latent.to(device),
-            None if self.window is None else self.window.to(device),
-        )
+        return self._map(lambda part: part.to(device))
 
 
 storage.register_kind(WindowCache, *[("Tensor",)] * 4)

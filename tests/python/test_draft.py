@@ -448,3 +448,28 @@ def test_bad_inputs_of_windows_and_mixers() -> None:
         latte_ext.linear_recurrence_commit(rows(N, 6), x, x, [4] * N)
     with pytest.raises(ValueError, match=r"^\[LatteLM\] draft got tokens of shape"):
         language_model("latte").draft(torch.zeros(3, dtype=torch.int64), [])
+
+
+@pytest.mark.parametrize(("sequences", "width"), [(0, 3), (3, 0), (0, 0)])
+def test_nothing_to_draft(sequences: int, width: int) -> None:
+    """No sequences, or no tokens: outputs without rows, and a commit that changes nothing."""
+    for variant in VARIANTS:
+        model = language_model(variant)
+        cache = model.empty_cache(sequences)
+        tokens = torch.randint(32, (sequences, width))
+        logits, draft = model.draft(tokens, cache)
+        assert logits.shape == (sequences, width, 32)
+        model.commit(cache, draft, [0] * sequences)
+        same_bits(cache, model.empty_cache(sequences))
+
+
+@pytest.mark.parametrize("variant", ["latte-rglru-swa++", "latte-conv-swa++"])
+def test_in_inference_mode(variant: str) -> None:
+    model, tokens = language_model(variant), torch.randint(32, (2, 3))
+    caches = []
+    for mode in (torch.inference_mode(), torch.no_grad()):
+        with mode:
+            cache = model.empty_cache(2)
+            model.commit(cache, model.draft(tokens, cache)[1], [1, 3])
+            caches.append(cache)
+    same_bits(*caches)
