@@ -305,8 +305,16 @@ class MacchiatoState(NamedTuple):
         Raises:
             ValueError: a draft of other shapes, accepted out of range; TypeError: types.
         """
-        op = "[MacchiatoState.commit]"
-        check_type("MacchiatoState.commit", "draft", draft, MacchiatoDraft)
+        self.check_draft("[MacchiatoState.commit]", draft)
+        if self.latent is not None:
+            self.latent.commit(draft.latent, accepted)  # type: ignore[arg-type]
+        if self.window is not None:
+            self.window.commit(draft.window, accepted)  # type: ignore[arg-type]
+
+    def check_draft(self, op: str, draft: object) -> None:
+        """Raises, in the name of `op`, for what is not a draft of this state."""
+        check_type(op.strip("[]"), "draft", draft, MacchiatoDraft)
+        assert isinstance(draft, MacchiatoDraft)
         for name, part, drafted in zip(self._fields, self, draft, strict=True):
             if (part is None) != (drafted is None):
                 raise TypeError(
@@ -315,10 +323,6 @@ class MacchiatoState(NamedTuple):
                 )
             if part is not None:
                 part.check_draft(op, drafted)
-        if self.latent is not None:
-            self.latent.commit(draft.latent, accepted)  # type: ignore[arg-type]
-        if self.window is not None:
-            self.window.commit(draft.window, accepted)  # type: ignore[arg-type]
 
     def to_bytes(self) -> bytes:
         """The state in a portable form, as `latte_ext.storage.to_bytes`."""

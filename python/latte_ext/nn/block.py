@@ -85,11 +85,13 @@ class LayerCache(NamedTuple):
         check_type("LayerCache.commit", "draft", draft, LayerDraft)
         kind = _DRAFT_KINDS[type(self.mixer)]
         check_type("LayerCache.commit", "draft.mixer", draft.mixer, kind)
-        self.attention.commit(draft.attention, accepted)
+        # Nothing is written before all of it has been checked.
+        self.attention.check_draft("[LayerCache.commit]", draft.attention)
         if isinstance(self.mixer, RecurrentState):
             self.mixer.commit(draft.mixer, accepted)  # type: ignore[arg-type]
         elif self.mixer is not None:
             short_conv_commit(self.mixer, draft.mixer.x, accepted)  # type: ignore[union-attr]
+        self.attention.commit(draft.attention, accepted)
 
     def clone(self) -> LayerCache:
         """A copy with memory of its own; differentiable."""
@@ -257,9 +259,9 @@ class LatteBlock(nn.Module):
 
     @torch.no_grad()
     def draft(self, x: Tensor, cache: LayerCache) -> tuple[Tensor, LayerDraft]:
-        """The output (N,w,E) for w more tokens x (N,w,E); `cache` is left as it is, no dropout.
+        """The output (N,w,E) for w more tokens x (N,w,E); `cache` is left as it is.
 
-        `cache.commit(draft, accepted)` goes on.
+        `cache.commit(draft, accepted)` goes on. Call eval() first if there is dropout.
         """
         normed = x_qk = self.attention_norm(x)
         mixer: MixerDraft = None

@@ -131,7 +131,7 @@ class LatteLM(nn.Module):
 
         One pass over the weights for all w tokens, which is what speculative decoding gains by;
         `commit` then lets some of them enter the cache. The logits equal those of w steps up to
-        the rounding of the matrix products. No dropout, nothing recorded for gradients.
+        the rounding of the matrix products. Call eval() first if the model has dropout.
 
         Raises:
             ValueError: shapes.
