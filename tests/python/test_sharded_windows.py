@@ -3,9 +3,12 @@
 
 from typing import Any
 
+import latte_ext
 import pytest
 import torch
+import torch.distributed as dist
 from helpers import random_mask
+from latte_ext.distributed import context_parallel
 from sharded_helpers import LENGTHS, PACKED, Call, Pool, assert_sharded_is_whole, normal, packed
 
 OPS = ["sliding_window_attention", "macchiato_attention"]
@@ -87,3 +90,40 @@ def test_dtypes(pool: Pool, op: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("op", OPS)
 def test_the_reference_over_ranks(pool: Pool, op: str) -> None:
     assert_sharded_is_whole(pool, make_call(op, backend="reference"), (20, 7, 43))
+
+
+REFUSED = [
+    ("sliding_window_attention", {"return_cache": True}),
+    ("sliding_window_attention", {"sinks": 1}),
+    ("macchiato_attention", {"return_state": True}),
+    ("macchiato_attention", {"state": 1}),
+    ("short_conv", {"return_state": True}),
+    ("linear_recurrence", {"h0": torch.zeros(2, 4)}),
+    ("rg_lru", {"return_state": True}),
+]
+
+
+def _refusals(group: dist.ProcessGroup, rank: int) -> list[str]:
+    heads, rows = torch.zeros(2, 2, 5, 4), torch.zeros(2, 5, 4)
+    arguments = {
+        "sliding_window_attention": (heads, heads, heads),
+        "macchiato_attention": (heads, heads[..., 1:], heads, heads, heads),
+        "short_conv": (rows, torch.zeros(4, 3)),
+        "linear_recurrence": (rows, rows),
+        "rg_lru": (rows, rows, rows, torch.zeros(4)),
+    }
+    messages = []
+    for op, options in REFUSED:
+        window = {"window": 3} if "attention" in op else {}
+        try:
+            context_parallel(getattr(latte_ext, op), group)(*arguments[op], **window, **options)
+            messages.append("no error")
+        except ValueError as error:
+            messages.append(str(error))
+    return messages
+
+
+def test_states_are_refused_by_name(pool: Pool) -> None:
+    for messages in pool.run(2, _refusals):
+        for message, (op, options) in zip(messages, REFUSED, strict=True):
+            assert message.startswith(f"[{op}] got {next(iter(options))} on sharded sequences")
