@@ -30,10 +30,9 @@ constexpr int value_slice(int latent_tile, bool is_bfloat16) {
 
 // The channels and latents of a block of the backward pass, whose walks cut both: registers hold S
 // or dS, or both, and shared memory five kinds of rows.
-inline constexpr int kGradientChannels = 64, kMaxSummedLatents = 64;
-constexpr int gradient_latents(int64_t latents, bool is_bfloat16, bool sums) {
-  return static_cast<int>(
-      least(latent_tile(latents), is_bfloat16 && !sums ? 128 : kMaxSummedLatents));
+inline constexpr int kGradientChannels = 64;
+constexpr int gradient_latents(int64_t latents) {
+  return static_cast<int>(least(latent_tile(latents), 64));
 }
 
 // Two stages of input while two blocks still fit in the 227 KiB of a multiprocessor: with one stage

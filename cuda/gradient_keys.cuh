@@ -27,7 +27,8 @@ class KeyGradientRows {
                                     s_.r + row * Shape::kWeightStride + 16 * i,
                                     Shape::kWeightStride);
                               });
-#pragma unroll
+    // One at a time, as the registers are dS's.
+#pragma unroll 1
     for (int j = 0; j < kDimTiles; ++j) {
       Tile sum;
 #pragma unroll
@@ -50,7 +51,7 @@ class KeyGradientRows {
                              return Product::right_columns(s_.dy + row * Shape::kDStride + 16 * j,
                                                            Shape::kDStride);
                            });
-#pragma unroll
+#pragma unroll 1
     for (int i = 0; i < kLatentTiles; ++i) {
       Tile sum;
       for_each_element(sum, [&](int, int l, float& x) { x = m_.norm()[16 * i + l]; });
@@ -89,7 +90,7 @@ class KeyGradientRows {
         const int row = 16 * n;
         if (row < row_) continue;
         Tile score;
-#pragma unroll
+#pragma unroll 1
         for (int i = 0; i < kTiles; ++i) Product::multiply(score, left(i), right(row, i));
         if (row == row_)
           for_each_element(score, [](int key, int t, float& x) { x = key <= t ? x : 0; });

@@ -26,11 +26,8 @@ void launch_gradient_of(GradientKernel kernel, const GradientArgs& args, int64_t
       return launch_gradient_blocks<Shape>(query_gradient<Shape>, args, blocks, stream);
     }
     case GradientKernel::causal_query_sums: {
-      if constexpr (kLatents <= kMaxSummedLatents) {
-        using Shape = KernelShape<E, kLatents, kDim, kRows | kKeys | kSum>;
-        return launch_gradient_blocks<Shape>(query_gradient<Shape>, args, blocks, stream);
-      }
-      return;
+      using Shape = KernelShape<E, kLatents, kDim, kRows | kKeys | kSum>;
+      return launch_gradient_blocks<Shape>(query_gradient<Shape>, args, blocks, stream);
     }
     case GradientKernel::bidirectional_queries: {
       using Shape = KernelShape<E, kLatents, kDim, kRows | kSum>;
@@ -52,8 +49,6 @@ void launch_gradient(GradientKernel kernel, const GradientArgs& args, int latent
                      void* stream) {
   if (latents == 16) return launch_gradient_of<E, 16>(kernel, args, blocks, stream);
   if (latents == 32) return launch_gradient_of<E, 32>(kernel, args, blocks, stream);
-  if constexpr (std::is_same_v<E, __nv_bfloat16>)
-    if (latents == 128) return launch_gradient_of<E, 128>(kernel, args, blocks, stream);
   launch_gradient_of<E, 64>(kernel, args, blocks, stream);
 }
 

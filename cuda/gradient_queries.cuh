@@ -23,6 +23,17 @@ class QueryGradientRows {
   static constexpr int kLatentTiles = Shape::L / 16, kDimTiles = Shape::D / 16;
   static constexpr int kRowTiles = kChunk / 16;
 
+  // dp waits for the sum over its row: in registers, or where they are short in the place of dy.
+  // Registers hold S and dS, or the rows: with both sums, rows are finished elsewhere.
+  enum class Kept { registers, in_place, nowhere };
+  static constexpr Kept kKept = !Shape::kHasKeys ? Kept::registers
+                                : Shape::kHasSum ? Kept::nowhere
+                                : sizeof(typename Shape::Element) == sizeof(float)
+                                    ? Kept::in_place
+                                    : Kept::registers;
+  static constexpr int kUnrolled = kKept == Kept::registers ? kLatentTiles : 1;
+  static_assert(Shape::L <= Shape::D, "dp takes the place of dy");
+
   __device__ __forceinline__ QueryGradientRows(const SharedMemory<Shape>& m, const Stage<Shape>& s,
                                                const GradientArgs& a, const Work& w, int64_t t)
       : m_(m), s_(s), a_(a), w_(w), form_(logits_of(a, w)), row_(warp_id() * 16), t_(t + row_) {
@@ -35,13 +46,15 @@ class QueryGradientRows {
 
   __device__ __forceinline__ void write(const QueryGradientTargets& to) {
     const int64_t rows = w_.tokens - t_;
-    Tile kept[kLatentTiles];
+    Tile kept[kKept == Kept::registers ? kLatentTiles : 1];
     float along[2] = {};
-#pragma unroll
+    // Other lanes have read the rows of dy.
+    if constexpr (kKept == Kept::in_place) __syncwarp();
+#pragma unroll kUnrolled
     for (int i = 0; i < kLatentTiles; ++i) {
-      Tile p = probabilities(i), r, product;
-      Tile& dp = kept[i];
+      Tile p = probabilities(i), r, product, dp;
       divide(i, p, r, dp);
+      keep(kept, i, dp);
 #pragma unroll
       for (int e = 0; e < 8; ++e) {
         const int h = e / 4, c = e % 4;
@@ -58,7 +71,8 @@ class QueryGradientRows {
       if (!a_.whole) to.dq.store_tile(t_, 16 * i, rows, p);
       if constexpr (Shape::kHasSum) spread(i, r, product);
     }
-    if (a_.whole) store_whole(to.dq, rows, kept, along);
+    if constexpr (kKept != Kept::nowhere)
+      if (a_.whole) store_whole(to.dq, rows, kept, along);
   }
 
  private:
@@ -165,8 +179,22 @@ class QueryGradientRows {
     }
   }
 
+  // A lane reads back what it wrote itself.
+  template <int kCount>
+  __device__ __forceinline__ void keep(Tile (&kept)[kCount], int i, const Tile& dp) const {
+    if constexpr (kKept == Kept::registers) kept[i] = dp;
+    if constexpr (kKept == Kept::in_place)
+      share_tile<Product>(s_.dy + row_ * Shape::kDStride + 16 * i, Shape::kDStride, dp);
+  }
+  template <int kCount>
+  __device__ __forceinline__ Tile kept_tile(const Tile (&kept)[kCount], int i) const {
+    if constexpr (kKept == Kept::registers) return kept[i];
+    return load_tile(s_.dy + row_ * Shape::kDStride + 16 * i, Shape::kDStride);
+  }
+
+  template <int kCount>
   __device__ __forceinline__ void store_whole(const Target& dq, int64_t rows,
-                                              const Tile (&dp)[kLatentTiles], float (&along)[2]) {
+                                              const Tile (&kept)[kCount], float (&along)[2]) {
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       along[r] = across_quad(along[r], [](float x, float y) { return x + y; });
@@ -174,12 +202,13 @@ class QueryGradientRows {
       if (a_.d_log_sum.data && t < w_.tokens)
         along[r] -= global_load(a_.d_log_sum.template at<float>(w_.batch, w_.head, w_.first + t));
     }
-#pragma unroll
+#pragma unroll kUnrolled
     for (int i = 0; i < kLatentTiles; ++i) {
       Tile p = probabilities(i);
+      const Tile dp = kept_tile(kept, i);
 #pragma unroll
       for (int e = 0; e < 8; ++e)
-        p.c[e / 4][e % 4] *= form_.scale * (dp[i].c[e / 4][e % 4] - along[e % 4 / 2]);
+        p.c[e / 4][e % 4] *= form_.scale * (dp.c[e / 4][e % 4] - along[e % 4 / 2]);
       dq.store_tile(t_, 16 * i, rows, p);
     }
   }

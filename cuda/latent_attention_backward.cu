@@ -16,20 +16,15 @@ constexpr const char* kOp = "latent_attention_backward";
 struct GradientSizes {
   int latents;  // of a block
   int slices, latent_slices;
-  int key_parts, query_parts;
+  int parts;  // of a sequence
 
-  GradientSizes(const Problem& p, bool causal, bool is_bfloat16) {
+  GradientSizes(const Problem& p, bool causal) {
+    latents = gradient_latents(p.latents);
     slices = static_cast<int>(ceil_div(p.dim, kGradientChannels));
-    const auto cut = [&](bool sums) {
-      latents = gradient_latents(p.latents, is_bfloat16, sums);
-      latent_slices = static_cast<int>(ceil_div(p.latents, latents));
-      return p.sequences * p.heads * slices * latent_slices;
-    };
-    const int64_t blocks = cut(false);
-    key_parts = static_cast<int>(causal ? causal_segments(blocks, p.tokens)
-                                        : token_parts(blocks, p.tokens));
-    query_parts = key_parts;
-    if (causal && key_parts > 1) cut(true);
+    latent_slices = static_cast<int>(ceil_div(p.latents, latents));
+    const int64_t blocks = p.sequences * p.heads * slices * latent_slices;
+    parts = static_cast<int>(causal ? causal_segments(blocks, p.tokens)
+                                    : token_parts(blocks, p.tokens));
   }
 };
 
@@ -50,15 +45,16 @@ class BackwardPlan {
       : p_(p),
         problem_(validate(p, Memory::device)),
         type_(kernel_type_of({p.q.dtype, p.k.dtype, p.v.dtype, p.dy.dtype})),
-        sizes_(problem_, p.causal, type_ == DType::bfloat16),
-        states_(kOp, attention_args(p, problem_, type_), type_, problem_, p.causal,
-                sizes_.key_parts) {
+        sizes_(problem_, p.causal),
+        states_(kOp, attention_args(p, problem_, type_), type_, problem_, p.causal, sizes_.parts) {
     check_limits(kOp, problem_);
     static_cast<AttentionArgs&>(args_) = attention_args(p, problem_, type_);
     args_.dy = input_rows(p.dy, type_);
     args_.slices = sizes_.slices, args_.latent_slices = sizes_.latent_slices;
     args_.d_log_sum = view_of(p.d_log_sum);
-    args_.whole = sizes_.slices * sizes_.latent_slices == 1;
+    args_.parts = args_.walked = sizes_.parts;
+    // Causal blocks that sum dS as well leave p dp: their registers hold no whole rows.
+    args_.whole = sizes_.slices * sizes_.latent_slices == 1 && !(p.causal && sums_queries());
   }
 
   void place(Workspace& workspace) {
@@ -79,13 +75,13 @@ class BackwardPlan {
     a.final = final_;
     walk_queries(a, stream);
     fold(stream);
-    walk_keys(a, stream);
+    launch(p_.causal ? GradientKernel::causal_keys : GradientKernel::bidirectional_keys, a, stream);
     finish(stream);
   }
 
  private:
   bool has_seed() const { return present(p_.d_final.mean); }
-  bool sums_queries() const { return !p_.causal || sizes_.key_parts > 1; }
+  bool sums_queries() const { return !p_.causal || sizes_.parts > 1; }
   int64_t rows() const { return problem_.batch * problem_.heads * problem_.tokens; }
 
   // (B,H,slices,T,padded) in the type of the products.
@@ -112,7 +108,7 @@ class BackwardPlan {
     args_.r = take_factors(workspace, 1);
     args_.product = take_factors(workspace, sizes_.slices);
     args_.border_chunks = ceil_div(p.tokens, kChunk);
-    const int64_t chunks = p.batch * args_.border_chunks + p.sequences * sizes_.key_parts;
+    const int64_t chunks = p.batch * args_.border_chunks + p.sequences * sizes_.parts;
     args_.borders = workspace.take<float>(chunks * p.heads * p.latents);
   }
 
@@ -127,8 +123,7 @@ class BackwardPlan {
   }
   void place_gradients(Workspace& workspace) {
     const int64_t n = problem_.sequences;
-    if (sums_queries() || has_seed())
-      args_.part = take_gradients(workspace, n * sizes_.query_parts);
+    if (sums_queries() || has_seed()) args_.part = take_gradients(workspace, n * sizes_.parts);
     args_.behind = p_.causal ? args_.part : take_gradients(workspace, n);
     args_.behind_part = p_.causal;
     if (present(p_.d_initial.mean)) args_.front = take_gradients(workspace, n);
@@ -174,9 +169,8 @@ class BackwardPlan {
     launch_blocks(kOp, kernel, ceil_div(a.rows, kRowThreads / 32), kRowThreads, 0, stream, a);
   }
 
-  void walk_queries(GradientArgs a, void* stream) const {
+  void walk_queries(const GradientArgs& a, void* stream) const {
     if (a.softmax.data) launch_rows(query_softmax, stream);
-    a.parts = a.walked = sizes_.query_parts;
     launch(!p_.causal       ? GradientKernel::bidirectional_queries
            : sums_queries() ? GradientKernel::causal_query_sums
                             : GradientKernel::causal_queries,
@@ -193,14 +187,9 @@ class BackwardPlan {
     f.parts = args_.part, f.total = args_.behind;
     f.heads = args_.heads, f.kv_heads = args_.kv_heads;
     f.latents = args_.latents, f.dim = args_.dim, f.slices = sizes_.slices;
-    f.count = sizes_.query_parts;
+    f.count = sizes_.parts;
     launch_blocks(kOp, fold_gradients, problem_.sequences * problem_.heads * problem_.latents,
                   kGradientThreads, kFoldShared, stream, f);
-  }
-
-  void walk_keys(GradientArgs a, void* stream) const {
-    a.parts = a.walked = sizes_.key_parts;
-    launch(p_.causal ? GradientKernel::causal_keys : GradientKernel::bidirectional_keys, a, stream);
   }
 
   void sum(const Tensor& to, const Partials& partials, void* stream) const {

@@ -18,7 +18,7 @@ constexpr DType kDeviceTypes[] = {DType::float32, DType::bfloat16, DType::float1
 TEST(Gradient, Slices) {
   unsigned seed = 0;
   for (const DType dtype : kDeviceTypes)
-    for (const int64_t latents : {16, 32, 64, 70, 128, 250})
+    for (const int64_t latents : {16, 32, 64, 70, 250})
       for (const int64_t dim : {16, 64, 130})
         for (const bool causal : {true, false}) {
           Case c;
@@ -33,12 +33,12 @@ TEST(Gradient, Slices) {
 TEST(Gradient, Jumps) {
   for (const DType dtype : kDeviceTypes)
     for (const double jump : {20.0, 58.0, 62.0, 150.0, 1e4})
-      for (const int64_t latents : {40, 129}) {
+      for (const int64_t latents : {40, 65}) {
         Case c;
-        c.tokens = 140, c.latents = latents, c.dim = latents == 40 ? 33 : 70, c.initial = true;
+        c.tokens = 110, c.latents = latents, c.dim = latents == 40 ? 33 : 65, c.initial = true;
         c.set_type(dtype);
         Call call(c);
-        for (int64_t t = 90; t < c.tokens; ++t)
+        for (int64_t t = 80; t < c.tokens; ++t)
           for (int64_t l = 0; l < c.latents; l += 3) {
             const int64_t i = t * c.latents + l;
             call.k.set(i, call.k.get(i) + jump);
@@ -88,7 +88,7 @@ TEST(Gradient, SegmentsOfSlices) {
   for (const DType dtype : kDeviceTypes)
     for (const bool causal : {true, false}) {
       Case c;
-      c.tokens = 520, c.latents = 130, c.dim = 70, c.heads = 2, c.kv_heads = 1;
+      c.tokens = 513, c.latents = 65, c.dim = 66, c.heads = 2, c.kv_heads = 1;
       c.causal = causal, c.initial = causal;
       c.set_type(dtype);
       Call(c).check_backward();
@@ -102,7 +102,7 @@ TEST(Gradient, AnySchedule) {
     for (const Keys keys : {Keys::normal, Keys::jumps})
       for (const bool causal : {true, false}) {
         Case c;
-        c.tokens = 140, c.latents = 65, c.dim = 70, c.heads = 2, c.keys = keys, c.causal = causal;
+        c.tokens = 70, c.latents = 65, c.dim = 65, c.keys = keys, c.causal = causal;
         c.initial = causal;
         c.set_type(dtype);
         emulation::options().shuffle = false;
