@@ -115,9 +115,10 @@ test-python: $(VENV)/installed
 	CI=1 $(BIN)/python -m pytest -q --durations=10 \
 	  --cov=latte_ext --cov-report=term --cov-fail-under=95 --numprocesses=2
 
-# The Python tests once more on each instruction set of this machine that test-python did not run.
-# Left out: test_reference.py, which runs no kernel; the models of transformers and what is marked
-# slow, the compilation by inductor among it, which call the same operators as every other test.
+# The Python tests that compare kernels with the reference, once more on each instruction set of this
+# machine that test-python did not run. All others call the same operators.
+ISA_TESTS := latent_attention numerics theorems step step_direct sequence_parallel mixers window sinks \
+  macchiato rotary
 PRINT_ISA := $(BIN)/python -c "from latte_ext import _core; print(_core.cpu_isa())"
 
 test-isas: $(VENV)/installed
@@ -128,7 +129,7 @@ test-isas: $(VENV)/installed
 	    echo "$$isa: NOT tested: this machine lacks it"; continue; fi; \
 	  echo "== tests/python on $$isa"; \
 	  LATTE_CPU_ISA=$$isa CI=1 $(BIN)/python -m pytest -q -m "not slow" --numprocesses=2 \
-	    --ignore=tests/python/test_reference.py --ignore-glob='*/test_hf*' || exit 1; \
+	    $(ISA_TESTS:%=tests/python/test_%.py) || exit 1; \
 	done
 
 # The Python tests on another torch, in an environment of its own: make test-torch TORCH=2.13.0.
