@@ -54,21 +54,14 @@ void call_on_cuda(void (*run)(const Params&, void*, void*), const Params& params
   run(params, memory, reinterpret_cast<void*>(stream.handle));
 }
 
-// Stands for the function of latte/cuda.h where there is none.
-struct NotOnCuda {};
-inline constexpr NotOnCuda not_on_cuda;
-
 // `where`: the number of threads, or a Stream.
-template <class Params, class OnCuda>
-void call(void (*on_cpu)(const Params&, void*, int), OnCuda on_cuda, const Params& params,
-          const py::handle& where) {
+template <class Params>
+void call(void (*on_cpu)(const Params&, void*, int), void (*on_cuda)(const Params&, void*, void*),
+          const Params& params, const py::handle& where) {
   if (PyLong_Check(where.ptr())) {
     call_on_cpu(on_cpu, params, where.cast<int>());
-  } else if constexpr (!std::is_same_v<OnCuda, NotOnCuda>) {
-    call_on_cuda<Params>(on_cuda, params, where.cast<const Stream&>());
   } else {
-    throw Error(Error::Kind::runtime,
-                "[latte_ext] got a CUDA stream, expected a number of threads");
+    call_on_cuda<Params>(on_cuda, params, where.cast<const Stream&>());
   }
 }
 

@@ -15,8 +15,6 @@ from . import _core
 
 # A build for tests, in which CPU tensors stand for CUDA tensors: `-DLATTE_CUDA=EMULATED`.
 EMULATED = _core.cuda_info()["emulated"]
-# The operators that have a CUDA kernel.
-KERNELS: set[str] = set()
 
 
 def on_device(x: Tensor) -> bool:
@@ -40,7 +38,6 @@ def where(x: Tensor) -> _core.Where:
 
 def on_cuda(name: str, arguments: Sequence[str], kernel: Callable[..., Any]) -> Callable[..., Any]:
     """The kernel of an operator behind the checks of a device: RuntimeError by name."""
-    KERNELS.add(name)
 
     def run(*args: Any) -> Any:
         reason = unusable()
@@ -57,18 +54,6 @@ def on_cuda(name: str, arguments: Sequence[str], kernel: Callable[..., Any]) -> 
             raise RuntimeError(f"[{name}] {text.removeprefix('[cuda] ')}") from None
 
     return run
-
-
-def not_on_cuda(name: str) -> Callable[..., Any]:
-    """Stands for the kernel of an operator that has none."""
-
-    def refuse(*args: Any) -> Any:
-        raise RuntimeError(
-            f"[{name}] has no CUDA kernel: got a CUDA tensor, expected a CPU tensor or "
-            "backend='reference'"
-        )
-
-    return refuse
 
 
 @cache

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ._autograd import Autograd
 from ._batching import Fold, rule
-from ._device import EMULATED, not_on_cuda, on_cuda
+from ._device import EMULATED, on_cuda
 
 _LIBRARY = torch.library.Library("latte_ext", "DEF")
 
@@ -26,8 +26,6 @@ def register(
     fake: Callable[..., Any],
     autograd: Autograd,
     folds: Sequence[Fold],
-    *,
-    cuda: bool = True,
 ) -> Any:
     """Define one operator with all its kernels; returns it.
 
@@ -37,7 +35,6 @@ def register(
         fake: allocates the results only.
         autograd: one of `_autograd`.
         folds: how vmap can be one call, see `_batching`.
-        cuda: whether latte/cuda.h has the kernel.
     """
     name = schema.partition("(")[0]
     # A process that loaded _torch.so (LATTE_TORCH_STABLE) before has it: one definer per operator.
@@ -46,7 +43,7 @@ def register(
         _LIBRARY.define(schema, tags=[torch.Tag.pt2_compliant_tag])
     operator = getattr(torch.ops.latte_ext, name).default
     arguments = [argument.name for argument in operator._schema.arguments]
-    device_kernel = on_cuda(name, arguments, kernel) if cuda else not_on_cuda(name)
+    device_kernel = on_cuda(name, arguments, kernel)
     if not defined:
         _LIBRARY.impl(name, device_kernel if EMULATED else kernel, "CPU")
     _LIBRARY.impl(name, device_kernel, "CUDA")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import _core, reference
-from ._device import EMULATED, KERNELS, unusable
+from ._device import EMULATED, unusable
 from .convolution import short_conv
 from .functional import latent_attention, latent_attention_step
 from .macchiato import macchiato_attention
@@ -60,32 +60,26 @@ def _error(got: Tensor, expected: Tensor) -> float:
     return float((got - expected).abs().max() / expected.abs().max())
 
 
-def _leaves(inputs: list[Tensor], gradient: bool) -> tuple[list[Tensor], list[Tensor]]:
+def _leaves(inputs: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
     """The inputs, and the same values in float64 on the CPU."""
-    doubles = [x.double().cpu().requires_grad_(gradient) for x in inputs]
-    return [x.requires_grad_(gradient) for x in inputs], doubles
+    doubles = [x.double().cpu().requires_grad_() for x in inputs]
+    return [x.requires_grad_() for x in inputs], doubles
 
 
-def _worst(
-    y: Tensor, inputs: list[Tensor], expected: Tensor, doubles: list[Tensor], gradient: bool
-) -> float:
+def _worst(y: Tensor, inputs: list[Tensor], expected: Tensor, doubles: list[Tensor]) -> float:
     """Largest error of y and of the gradients over the reference's largest value."""
-    error = _error(y, expected)
-    if gradient:
-        got = torch.autograd.grad(y.double().square().sum(), inputs)
-        want = torch.autograd.grad(expected.square().sum(), doubles)
-        error = max(error, *map(_error, got, want))
-    return error
+    got = torch.autograd.grad(y.double().square().sum(), inputs)
+    want = torch.autograd.grad(expected.square().sum(), doubles)
+    return max(_error(y, expected), *map(_error, got, want))
 
 
 def _attention(setting: Setting, dtype: torch.dtype, causal: bool) -> float:
-    gradient = not setting.on_cuda or "latent_attention_backward" in KERNELS
     worst = 0.0
     for latents, dim in setting.sizes:
-        inputs, doubles = _leaves(_inputs(setting, dtype, latents, dim), gradient)
+        inputs, doubles = _leaves(_inputs(setting, dtype, latents, dim))
         y = latent_attention(*inputs, causal=causal)
         expected, _ = reference.latent_attention(*doubles, causal=causal)
-        worst = max(worst, _worst(y, inputs, expected, doubles, gradient))
+        worst = max(worst, _worst(y, inputs, expected, doubles))
     return worst
 
 
@@ -117,9 +111,8 @@ def _operator(setting: Setting, name: str) -> float:
             .to(setting.device, torch.float32)
             for shape in shapes
         ],
-        True,
     )
-    return _worst(operator(*inputs), inputs, operator(*doubles, backend="reference"), doubles, True)
+    return _worst(operator(*inputs), inputs, operator(*doubles, backend="reference"), doubles)
 
 
 def _split_and_step(setting: Setting) -> float:
@@ -162,11 +155,7 @@ def _checks(setting: Setting) -> list[Check]:
     ]
     float32 = allowed[torch.float32]
     checks.append(Check("split and step", partial(_split_and_step, setting), float32))
-    return checks + [
-        Check(name, partial(_operator, setting, name), float32)
-        for name in _OPERATORS
-        if not setting.on_cuda or name in KERNELS
-    ]
+    return checks + [Check(name, partial(_operator, setting, name), float32) for name in _OPERATORS]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -194,8 +183,5 @@ def main(setting: Setting | None = None) -> int:
         passed = error <= allowed
         failures += not passed
         print(f"  {'ok  ' if passed else 'FAIL'} {name:24} {error:.1e} (allowed {allowed:.0e})")
-    if setting.on_cuda:
-        missing = sorted({*_OPERATORS, "latent_attention_backward"} - KERNELS)
-        print(f"without a CUDA kernel, not checked: {', '.join(missing) or 'nothing'}")
     print("all checks hold" if not failures else f"{failures} checks FAILED")
     return 1 if failures else 0

@@ -9,7 +9,7 @@ from typing import Any
 import hypothesis
 import pytest
 import torch
-from latte_ext._device import EMULATED, KERNELS, unusable
+from latte_ext._device import EMULATED, unusable
 from support_matrix import Matrix
 
 # Differences between torch versions that no code here can avoid: (filter, reason).
@@ -43,8 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "cuda: runs CUDA kernels, on a device or emulated")
     config.addinivalue_line(
         "markers",
-        "devices(double=True, gradient=None): runs on every device; without float64 there if not "
-        "double, and only where that operator has a CUDA kernel",
+        "devices(double=True): runs on every device; without float64 there if not double",
     )
     config.addinivalue_line("markers", "slow: takes more than five seconds")
     config.addinivalue_line("markers", "supports(feature, *operators): a cell of docs/support.md")
@@ -107,10 +106,8 @@ def _can_run(item: pytest.Item) -> bool:
     marker = item.get_closest_marker("devices")
     if marker is None:
         return True
-    operator = marker.kwargs.get("gradient")
     values = item.callspec.params.values()  # type: ignore[attr-defined]
-    double = marker.kwargs.get("double", True) or torch.float64 not in list(values)
-    return double and (operator is None or operator in KERNELS)
+    return marker.kwargs.get("double", True) or torch.float64 not in list(values)
 
 
 @pytest.fixture(autouse=True)

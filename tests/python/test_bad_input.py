@@ -492,7 +492,7 @@ BACKWARD: dict[str, Bad] = {
 }
 
 
-@pytest.mark.devices(gradient="latent_attention_backward")
+@pytest.mark.devices
 @pytest.mark.parametrize("case", BACKWARD)
 def test_latent_attention_backward(case: str) -> None:
     bad = BACKWARD[case]

@@ -4,7 +4,6 @@
 Tensors of a device cannot be made without one, so the kernels behind the CUDA key are called.
 """
 
-import re
 from typing import Any
 
 import latte_ext
@@ -12,7 +11,7 @@ import pytest
 import torch
 from latte_ext import __main__ as command
 from latte_ext import _core, _device
-from latte_ext._device import not_on_cuda, on_cuda, unusable, version_text, where
+from latte_ext._device import on_cuda, unusable, version_text, where
 
 CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
@@ -76,7 +75,7 @@ def test_every_operator_answers_to_cuda_by_name(name: str, machine: Any) -> None
     for i, argument in enumerate(operator._schema.arguments):
         kind = str(argument.type).removeprefix("Optional[").removesuffix("]")
         arguments[i] = {"Tensor": X, "bool": True, "float": 1.0, "int": 1, "SymInt": 1}[kind]
-    with pytest.raises(RuntimeError, match=rf"^\[{name}\] (built without CUDA|has no CUDA kernel)"):
+    with pytest.raises(RuntimeError, match=rf"^\[{name}\] built without CUDA"):
         operator.redispatch(CUDA_KEY, *arguments)
 
 
@@ -107,12 +106,6 @@ def test_errors_of_the_runtime_carry_the_name_of_the_operator(
 
     with pytest.raises(RuntimeError, match=r"^\[op\] got something else$"):
         on_cuda("op", ["x"], other)(X)
-
-
-def test_an_operator_without_a_kernel_names_the_way_out() -> None:
-    expected = "[op] has no CUDA kernel: got a CUDA tensor, expected a CPU tensor or "
-    with pytest.raises(RuntimeError, match="^" + re.escape(expected)):
-        not_on_cuda("op")(X)
 
 
 @pytest.mark.skipif(_core.cuda_built(), reason="of a build without CUDA")

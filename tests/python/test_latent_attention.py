@@ -15,7 +15,6 @@ from helpers import (
     assert_identical,
     assert_same_solution,
     check,
-    has_gradient,
     make_problem,
     random_mask,
     solve,
@@ -39,7 +38,6 @@ SIZES += [(43, 43, 300), (64, 64, 300), (10, 32, 257), (128, 128, 128), (1, 1, 1
 
 # float64 is of the CPU only.
 DEVICES = pytest.mark.devices(double=False)
-GRADIENT = pytest.mark.devices(double=False, gradient="latent_attention_backward")
 CAUSAL = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
@@ -160,7 +158,7 @@ def test_thread_counts(shape: tuple[int, int], causal: bool, thread_count: int) 
         check(problem)
 
 
-@GRADIENT
+@DEVICES
 def test_initial_state_with_empty_latents() -> None:
     """An empty latent of the state contributes nothing and has no gradient."""
     problem = make_problem(9, 5, 20, initial_state=True)
@@ -342,7 +340,7 @@ def test_offsets_beyond_32_bits(strides: tuple[int, ...], tmp_path: Path) -> Non
 # Which gradients, from what ---------------------------------------------------------------------
 
 
-@GRADIENT
+@DEVICES
 @pytest.mark.parametrize("inputs", [1 << i for i in range(5)] + [0b01011, 0b10110])
 def test_gradients_of_some_inputs(inputs: int) -> None:
     """A gradient does not depend on which others are asked for."""
@@ -369,7 +367,7 @@ def test_gradients_of_some_inputs(inputs: int) -> None:
             assert leaf.grad is None
 
 
-@GRADIENT
+@DEVICES
 @pytest.mark.parametrize("source", ["y", "norm", "mean"])
 @CAUSAL
 def test_gradient_from_one_output(causal: bool, source: str) -> None:
@@ -414,7 +412,7 @@ def test_nothing_kept_for_backward_but_inputs() -> None:
     assert extra <= state * (1024 // 64)
 
 
-@GRADIENT
+@DEVICES
 def test_changed_inputs_are_noticed() -> None:
     problem = make_problem()
     k = problem.k.clone()
@@ -486,9 +484,8 @@ def test_masked_values_do_not_spread(causal: bool, value: float) -> None:
     )
     solution = solve(dirty)
     assert_identical(solution, solve(problem))
-    if has_gradient():
-        assert (solution.dk.masked_select(hidden) == 0).all()
-        assert (solution.dv.masked_select(hidden) == 0).all()
+    assert (solution.dk.masked_select(hidden) == 0).all()
+    assert (solution.dv.masked_select(hidden) == 0).all()
 
 
 @DEVICES
@@ -508,7 +505,7 @@ def test_nan_stays_with_its_reader(name: str) -> None:
     assert torch.equal(y.isnan(), expected)
 
 
-@GRADIENT
+@DEVICES
 @pytest.mark.parametrize("name", ["q", "k", "v", "dy"])
 @CAUSAL
 def test_nan_stays_in_its_packed_sequence(causal: bool, name: str) -> None:

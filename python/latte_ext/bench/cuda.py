@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, reference
-from .._device import KERNELS, unusable
+from .._device import unusable
 from ..convolution import short_conv
 from ..functional import latent_attention, latent_attention_step
 from ..recurrence import linear_recurrence, rg_lru
@@ -134,8 +134,6 @@ def attention_cases(sizes: Sizes, device: str) -> Iterator[Case]:
                 partial(_attention_error, q, k, v, causal, sizes.checked_tokens),
                 {name: peer(q, k, v, False) for name, peer in PEERS.items()} if causal else {},
             )
-        if device == "cuda" and "latent_attention_backward" not in KERNELS:
-            continue
         yield Case(
             "causal, with gradients",
             shape,
