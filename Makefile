@@ -43,7 +43,9 @@ extend: $(VENV)/installed
 	$(BIN)/python examples/extend_smollm2.py --prose $(EXTEND)/debian/usr/share/doc/anarchism/html \
 	  --out $(EXTEND)
 
-test: test-cpp test-cpp-sanitized test-cuda test-emulated test-aarch64 test-python test-isas
+# Not in it: test-cuda, whose budget has yet to be measured for gradients and windows; test-emulated,
+# test-clang, test-stable and test-torch.
+test: test-cpp test-cpp-sanitized test-aarch64 test-python test-isas
 
 # GoogleTest from the machine, or from its package manager.
 GTEST_HEADER := /usr/include/gtest/gtest.h

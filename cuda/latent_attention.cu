@@ -33,7 +33,7 @@ class ForwardPlan {
     states_.run(initial, stream);
     AttentionArgs a = args_;
     if (p_.causal) {
-      a.initial_of_part = states_.before().present();
+      a.initial_of_part = states_.before().norm.data != nullptr;
       a.initial = a.initial_of_part ? states_.before() : initial;
       a.final = view_of(p_.final);
     } else {

@@ -94,6 +94,11 @@ def test_opcheck_step(case: str) -> None:
     torch.library.opcheck(OPS.latent_attention_step.default, (*rows, *state, problem.scale))
 
 
+def test_opcheck_merge() -> None:
+    state = make_state(case_problem("state"))
+    torch.library.opcheck(OPS.state_merge.default, (*state, *state))
+
+
 def make_state(problem: Problem) -> LatentState:
     """A state that fits the problem, of a few tokens."""
     _, state = library_attention(problem.q, problem.k, problem.v)
@@ -111,7 +116,7 @@ def test_every_operator_is_checked() -> None:
     }
     names = forward_and_backward | {f"{name}_backward" for name in forward_and_backward}
     names |= {f"{name}_step" for name in forward_and_backward - {"linear_recurrence"}}
-    names.add("rotate")  # its own gradient; test_rotary.py
+    names |= {"rotate", "state_merge"}  # rotate in test_rotary.py
     assert {name.removeprefix("latte_ext::") for name in registered_operators()} == names
 
 
