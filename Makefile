@@ -3,6 +3,7 @@
 # make bench  the kernels against this machine's peak and against peers, into benchmarks/results
 # make extend  longer context for a pretrained model: 15 minutes of training, a report
 # make lint   formatting, types, static analysis, known vulnerabilities
+# make docs   the documentation site, into build/site; make figures draws its figures anew
 # make wheel  a source archive and a wheel for others, checked and tried in an empty environment
 # make release-check  everything, from a clean clone: docs/release.md
 PYTHON ?= python3
@@ -13,8 +14,8 @@ COMMA := ,
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
-.PHONY: demo extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda test-emulated \
-  test-aarch64 suite-aarch64 test-clang suite-clang test-python test-some test-isas \
+.PHONY: demo docs figures extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda \
+  test-emulated test-aarch64 suite-aarch64 test-clang suite-clang test-python test-some test-isas \
   test-torch test-stable try-wheel release-check clean
 .DELETE_ON_ERROR:
 
@@ -176,7 +177,22 @@ test-stable: $(VENV)/installed
 
 CPP_FILES := '*.h' '*.c' '*.cpp' '*.cuh' '*.cu'
 
-lint: $(VENV)/requirements $(GTEST_HEADER)
+# Warnings are errors: a page that is not in the navigation, a link that leads nowhere, a docstring
+# that does not fit its function.
+$(VENV)/requirements-docs: $(VENV)/requirements requirements-docs.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	touch $@
+
+docs: $(VENV)/requirements-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@if grep -rEoh --include='*.html' --include='*.css' '(src=|url\()"?https?://[^"]*' build/site; then \
+	  echo "FAILED: the site loads these from the network"; exit 1; fi
+
+# Two small models are trained first: five minutes.
+figures: $(VENV)/installed
+	$(BIN)/python tools/draw_figures.py --out docs/figures
+
+lint: $(VENV)/requirements $(GTEST_HEADER) docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy python/latte_ext tools

@@ -34,7 +34,8 @@ def check_tensors(
             do.
 
     Raises:
-        TypeError: types, dtypes and layouts; RuntimeError: devices, shards of a sequence.
+        TypeError: types, dtypes and layouts.
+        RuntimeError: devices, shards of a sequence.
     """
     if not pointwise:
         check_whole(op)
@@ -55,7 +56,8 @@ def check_beside(op: str, q: Tensor, name: str, tensor: Tensor) -> None:
     """A floating-point tensor on q's device, float64 if and only if q is.
 
     Raises:
-        TypeError: types and dtypes; RuntimeError: devices.
+        TypeError: types and dtypes.
+        RuntimeError: devices.
     """
     tensor = _tensor(op, name, tensor, q, "q")
     is_double = q.dtype == torch.float64

@@ -23,8 +23,10 @@ Accepted = Sequence[int] | Tensor
 class LatentDraft(NamedTuple):
     """The factors of w tokens of N sequences: w (L + D) values per head instead of L (2 + D).
 
-    k (N,Hk,w,L), v (N,Hk,w,D): as they were given, without a copy: leave them as they are until
-    the commit. scale multiplies k.
+    Attributes:
+        k: (N,Hk,w,L), as it was given, without a copy: leave it as it is until the commit.
+        v: (N,Hk,w,D), in the same way.
+        scale: multiplies k.
     """
 
     k: Tensor
@@ -33,14 +35,24 @@ class LatentDraft(NamedTuple):
 
 
 class WindowDraft(NamedTuple):
-    """Keys (N,Hk,w,Dk) and values (N,Hk,w,D) of w tokens, without a copy."""
+    """Keys and values of w tokens, without a copy.
+
+    Attributes:
+        k: (N,Hk,w,Dk).
+        v: (N,Hk,w,D).
+    """
 
     k: Tensor
     v: Tensor
 
 
 class MacchiatoDraft(NamedTuple):
-    """What w tokens leave in latents and window; None where the layer has none."""
+    """What w tokens leave in latents and window.
+
+    Attributes:
+        latent: None if the layer has no latents.
+        window: None if it has no window.
+    """
 
     latent: LatentDraft | None
     window: WindowDraft | None
@@ -56,7 +68,8 @@ def count_accepted(
     """`accepted` as (N,) int64 on `device`, and the largest of it (0 if N is 0).
 
     Raises:
-        TypeError: not integers. ValueError: another length than N, or outside of 0..w.
+        TypeError: not integers.
+        ValueError: another length than N, or outside of 0..w.
     """
     try:
         counts = torch.as_tensor(accepted)
@@ -150,7 +163,8 @@ def short_conv_commit(state: Tensor, x: Tensor, accepted: Accepted) -> None:
         accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
 
     Raises:
-        ValueError: shapes or values; TypeError: dtypes.
+        ValueError: shapes or values.
+        TypeError: dtypes.
     """
     op = "[short_conv_commit]"
     _check_rows(op, state, 3, x=x)
@@ -168,11 +182,13 @@ def linear_recurrence_commit(state: Tensor, a: Tensor, b: Tensor, accepted: Acce
 
     Args:
         state: (N,C) float32 (float64 for float64 inputs), h before the draft.
-        a, b: (N,w,C), those of the draft.
+        a: (N,w,C), that of the draft.
+        b: (N,w,C), that of the draft.
         accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
 
     Raises:
-        ValueError: shapes or values; TypeError: dtypes.
+        ValueError: shapes or values.
+        TypeError: dtypes.
     """
     op = "[linear_recurrence_commit]"
     _check_rows(op, state, 2, a=a, b=b)
@@ -200,12 +216,16 @@ def rg_lru_commit(
 
     Args:
         state: (N,C) float32 (float64 for float64 inputs), h before the draft.
-        x, gate_a, gate_x: (N,w,C), log_lambda: (C,), those of the draft.
+        x: (N,w,C), that of the draft, as are the gates.
+        gate_a: (N,w,C).
+        gate_x: (N,w,C).
+        log_lambda: (C,).
         accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
         fresh: (N,) bool, true for a sequence without a token before the draft; left as it is.
 
     Raises:
-        ValueError: shapes or values; TypeError: dtypes.
+        ValueError: shapes or values.
+        TypeError: dtypes.
     """
     op = "[rg_lru_commit]"
     _check_rows(op, state, 2, x=x, gate_a=gate_a, gate_x=gate_x)

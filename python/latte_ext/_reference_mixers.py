@@ -35,7 +35,8 @@ def linear_recurrence(
     """h[t] = a[t] h[t-1] + b[t], channel by channel.
 
     Args:
-        a, b: (B,T,C).
+        a: (B,T,C).
+        b: (B,T,C).
         h0: (N,C), h before the first token; None: zero.
         cu_seqlens: (N+1,) integer borders of N sequences packed along T, with B == 1.
         reverse: from the last token to the first, h[t] = a[t] h[t+1] + b[t].
@@ -67,7 +68,7 @@ def rg_lru(
     reverse: bool = False,
     scan: Scan | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The real-gated linear recurrent unit of Griffin (arXiv 2402.19427, section 2.4)::
+    """The real-gated linear recurrent unit of Griffin (arXiv 2402.19427, section 2.4).
 
         r, i  = sigmoid(gate_a), sigmoid(gate_x)
         log a = -8 r softplus(log_lambda)              a = (1 + lambda)^(-8 r)
@@ -76,7 +77,9 @@ def rg_lru(
     The square root is 1 at the first token of a sequence, and its derivative is at most 1000.
 
     Args:
-        x, gate_a, gate_x: (B,T,C).
+        x: (B,T,C).
+        gate_a: (B,T,C), before the sigmoid.
+        gate_x: (B,T,C), before the sigmoid.
         log_lambda: (C,).
         h0: (N,C), the state of sequences that go on; None: every sequence starts here.
         fresh: (N,) bool with h0, true = h0 holds no token yet: the sequence starts here.

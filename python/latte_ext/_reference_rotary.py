@@ -19,7 +19,7 @@ def rotate(
     interleaved: bool = False,
     inverse: bool = False,
 ) -> Tensor:
-    """Pair i of the first `dim` channels, turned by the angle a = position * rates[i]::
+    """Pair i of the first `dim` channels, turned by the angle a = position * rates[i].
 
         y1 = x1 cos a - x2 sin a
         y2 = x1 sin a + x2 cos a

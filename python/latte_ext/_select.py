@@ -37,8 +37,9 @@ def concat_states(cls: type[State], states: Iterable[State]) -> State:
     """One of these of the sequences of all `states`, in order, in new tensors; differentiable.
 
     Raises:
-        ValueError: no states, or shapes that differ in more than N. TypeError: other types or
-            dtypes. RuntimeError: devices.
+        ValueError: no states, or shapes that differ in more than N.
+        TypeError: other types or dtypes.
+        RuntimeError: devices.
     """
     op = f"[{cls.__name__}.concat]"
     parts = list(states)
@@ -61,8 +62,9 @@ def scatter_states(self: State, index: Index, source: State) -> None:
 
     Raises:
         ValueError: an index that does not fit, repeats or has another length than the sequences of
-            source, or shapes that differ in more than N. TypeError: other types or dtypes.
-            RuntimeError: devices.
+            source, or shapes that differ in more than N.
+        TypeError: other types or dtypes.
+        RuntimeError: devices.
     """
     op = f"[{type(self).__name__}.scatter]"
     if type(source) is not type(self):

@@ -69,7 +69,9 @@ def short_conv(
         state.
 
     Raises:
-        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
+        ValueError: shapes, values or combinations.
+        TypeError: dtypes.
+        RuntimeError: devices.
     """
     check_short_conv(
         x, weight, bias, causal=causal, state=state, cu_seqlens=cu_seqlens,
@@ -119,15 +121,18 @@ def short_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tenso
     """One token per sequence: `state` is updated in place. Not differentiable.
 
     Args:
-        x: (N,C), weight: (C,K), bias: (C,) or None, dtypes as in `short_conv`.
+        x: (N,C), dtypes as in `short_conv`.
+        weight: (C,K).
+        bias: (C,) or None.
         state: (N,K-1,C) in x's dtype, the last inputs, oldest first.
 
     Returns:
         y (N,C) in x's dtype.
 
     Raises:
-        ValueError: shapes; TypeError: dtypes; RuntimeError: devices, or an input that requires
-        grad while grad mode is on.
+        ValueError: shapes.
+        TypeError: dtypes.
+        RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     op = "short_conv_step"
     check_tensors(op, {"x": x, "weight": weight, "state": state}, bias=bias)

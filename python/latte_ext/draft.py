@@ -39,7 +39,9 @@ def latent_attention_draft(
     """w tokens per sequence; `state` is left as it is. `state.commit(draft, accepted)` goes on.
 
     Args:
-        q: (N,H,w,L), k: (N,Hk,w,L), v: (N,Hk,w,D), dtypes as in `latent_attention`.
+        q: (N,H,w,L), dtypes as in `latent_attention`.
+        k: (N,Hk,w,L).
+        v: (N,Hk,w,D).
         state: the tokens before these: N sequences, Hk heads.
         scale: multiplies the logits q and k.
 
@@ -48,8 +50,9 @@ def latent_attention_draft(
         the draft: k and v, without a copy.
 
     Raises:
-        ValueError: shapes or values; TypeError: dtypes; RuntimeError: devices, or an input that
-        requires grad while grad mode is on.
+        ValueError: shapes or values.
+        TypeError: dtypes.
+        RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     op = "latent_attention_draft"
     check_tensors(op, {"q": q, "k": k, "v": v})
@@ -88,16 +91,22 @@ def sliding_window_attention_draft(
     """w tokens per sequence; `cache` is left as it is. `cache.commit(draft, accepted)` goes on.
 
     Args:
-        q: (N,H,w,Dk), k: (N,Hk,w,Dk), v: (N,Hk,w,D), dtypes as in `sliding_window_attention`.
+        q: (N,H,w,Dk), dtypes as in `sliding_window_attention`.
+        k: (N,Hk,w,Dk).
+        v: (N,Hk,w,D).
         cache: N sequences, Hk heads; its window is the window.
-        scale, sinks, softcap: as in `sliding_window_attention`, with sinks.q (N,H,w,Dk).
+        scale: multiplies q . k; None is 1/sqrt(Dk).
+        sinks: as in `sliding_window_attention`, with q (N,H,w,Dk).
+        softcap: as in `sliding_window_attention`.
 
     Returns:
         y (N,H,w,D) in v's dtype, bit for bit that of w steps (T6), and the draft: k and v, without
         a copy.
 
     Raises:
-        As `latent_attention_draft`.
+        ValueError: shapes or values.
+        TypeError: types and dtypes.
+        RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     op = "sliding_window_attention_draft"
     scale, softcap_given = _check_window(op, q, k, v, cache, scale, sinks, softcap)
@@ -130,9 +139,15 @@ def macchiato_attention_draft(
     """w tokens per sequence; `state` is left as it is. `state.commit(draft, accepted)` goes on.
 
     Args:
-        q_latent: (N,H,w,1+L), k_latent: (N,Hl,w,L), q: (N,H,w,Dk), k: (N,Hk,w,Dk), v: (N,Hk,w,D).
+        q_latent: (N,H,w,1+L), dtypes as in `macchiato_attention`.
+        k_latent: (N,Hl,w,L).
+        q: (N,H,w,Dk).
+        k: (N,Hk,w,Dk).
+        v: (N,Hk,w,D).
         state: N sequences; its window is the window.
-        scale, latent_scale, softcap: as in `macchiato_attention`.
+        scale: multiplies q . k; None is 1/sqrt(Dk).
+        latent_scale: multiplies q_latent and k_latent.
+        softcap: as in `sliding_window_attention`.
         sinks: as in `macchiato_attention`, with q (N,H,w,Dk).
         v_latent: (N,Hk,w,D), as in `macchiato_attention`.
 
@@ -141,7 +156,9 @@ def macchiato_attention_draft(
         and values.
 
     Raises:
-        As `latent_attention_draft`.
+        ValueError: shapes or values.
+        TypeError: types and dtypes.
+        RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     op = "macchiato_attention_draft"
     check_tensors(op, {"q": q, "k": k, "v": v})

@@ -87,7 +87,9 @@ def latent_attention(
         the state's norm and mean; the state's max is a constant reference.
 
     Raises:
-        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
+        ValueError: shapes, values or combinations.
+        TypeError: dtypes.
+        RuntimeError: devices.
     """
     triple = check_latent_attention(
         q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state,
@@ -113,7 +115,9 @@ def latent_attention_step(
     Equals `latent_attention` over one more token (theorem T1). Not differentiable.
 
     Args:
-        q: (N,H,L), k: (N,Hk,L), v: (N,Hk,D), dtypes as in `latent_attention`.
+        q: (N,H,L), dtypes as in `latent_attention`.
+        k: (N,Hk,L).
+        v: (N,Hk,D).
         state: N sequences, Hk heads; float32 (float64 for float64 inputs).
         scale: multiplies the logits q and k.
 
@@ -121,8 +125,9 @@ def latent_attention_step(
         y (N,H,D) in v's dtype.
 
     Raises:
-        ValueError: shapes or values; TypeError: dtypes; RuntimeError: devices, or an input that
-        requires grad while grad mode is on.
+        ValueError: shapes or values.
+        TypeError: dtypes.
+        RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     if isinstance(state, LatentState) and not in_region():
         y = _ops.latent_attention_step_direct(q, k, v, state.max, state.norm, state.mean, scale)

@@ -111,10 +111,17 @@ def macchiato_attention(
     Args:
         q_latent: (B,H,T,1+L) logits of p(l|t). -inf is a probability of exactly zero.
         k_latent: (B,Hl,T,L) logits of p(s|l), H a multiple of Hl. L = 0 is allowed.
-        q: (B,H,T,Dk), k: (B,Hk,T,Dk), v: (B,Hk,T,D), H a multiple of Hk.
-        window: >= 0, as in `sliding_window_attention`.
-        causal, scale, key_mask, cu_seqlens, sinks, softcap, backend: as in
-            `sliding_window_attention`.
+        q: (B,H,T,Dk). float32, bfloat16, float16, or float64 (then all others too).
+        k: (B,Hk,T,Dk), H a multiple of Hk.
+        v: (B,Hk,T,D). Any strides are accepted.
+        window: >= 0; token t sees the tokens s with t - window < s <= t.
+        causal: false for |t - s| < window, and latents over all tokens.
+        scale: multiplies q . k; None is 1/sqrt(Dk).
+        key_mask: (B,T) bool, true for a real token; the others are absent from every average.
+        cu_seqlens: (N+1,) int32 or int64 borders of N sequences packed along T, with B == 1.
+        sinks: keys and values that tokens see beyond their window.
+        softcap: as in `sliding_window_attention`.
+        backend: None chooses by device; "cpu", "cuda", or "reference" (plain torch).
         latent_scale: multiplies q_latent and k_latent.
         state: the tokens before these, N sequences (causal only); left as it is. Its latents have
             the least common multiple of Hl and Hk heads.
@@ -126,7 +133,9 @@ def macchiato_attention(
         tensors of logits, queries, keys, values, the state and the sinks.
 
     Raises:
-        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
+        ValueError: shapes, values or combinations.
+        TypeError: dtypes.
+        RuntimeError: devices.
     """
     op = "macchiato_attention"
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
@@ -202,14 +211,25 @@ def macchiato_attention_step(
     Equals `macchiato_attention` over one more token. Not differentiable.
 
     Args:
-        q_latent: (N,H,1+L), k_latent: (N,Hl,L), q: (N,H,Dk), k: (N,Hk,Dk), v: (N,Hk,D).
+        q_latent: (N,H,1+L), dtypes as in `macchiato_attention`.
+        k_latent: (N,Hl,L).
+        q: (N,H,Dk).
+        k: (N,Hk,Dk).
+        v: (N,Hk,D).
         state: N sequences; its window is the window.
-        scale, latent_scale, softcap: as in `macchiato_attention`.
+        scale: multiplies q . k; None is 1/sqrt(Dk).
+        latent_scale: multiplies q_latent and k_latent.
+        softcap: as in `sliding_window_attention`.
         sinks: as in `macchiato_attention`, with q (N,H,Dk).
         v_latent: (N,Hk,D), as in `macchiato_attention`.
 
     Returns:
         y (N,H,D) in v's dtype.
+
+    Raises:
+        ValueError: shapes or values.
+        TypeError: types and dtypes.
+        RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     op = "macchiato_attention_step"
     check_tensors(op, {"q": q, "k": k, "v": v})

@@ -80,7 +80,8 @@ class PrefixCache:
             state: what `latte_ext.storage.to_bytes` takes, of one sequence.
 
         Raises:
-            ValueError: T is not a multiple of block. TypeError: another state.
+            ValueError: T is not a multiple of block.
+            TypeError: another state.
             OSError: the directory cannot be written to.
         """
         ids = _ids("[PrefixCache.put]", tokens)

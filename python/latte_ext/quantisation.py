@@ -26,7 +26,11 @@ class QuantisedState(NamedTuple):
     """A `LatentState` with mean = code scale: L (D + 12) bytes per head as int8, L (2 D + 12) as
     float16, instead of L (4 D + 8).
 
-    max, norm, scale (N,Hk,L) float32 (float64 of a float64 state), code (N,Hk,L,D) int8 or float16.
+    Attributes:
+        max: (N,Hk,L) float32 (float64 of a float64 state), as are norm and scale.
+        norm: (N,Hk,L).
+        code: (N,Hk,L,D) int8 or float16.
+        scale: (N,Hk,L), what multiplies code.
     """
 
     max: Tensor
@@ -91,7 +95,8 @@ def quantisation_error(
         scale: multiplies q.
 
     Raises:
-        ValueError: shapes, another format, or a mean that is not finite; TypeError: types.
+        ValueError: shapes, another format, or a mean that is not finite.
+        TypeError: types.
     """
     op = "quantisation_error"
     check_type(op, "state", state, LatentState)

@@ -61,7 +61,9 @@ def linear_recurrence(
         h (B,T,C) in b's dtype, and the state if asked for. Gradients reach a, b and h0.
 
     Raises:
-        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
+        ValueError: shapes, values or combinations.
+        TypeError: dtypes.
+        RuntimeError: devices.
     """
     check_linear_recurrence(
         a, b, h0=h0, cu_seqlens=cu_seqlens, reverse=reverse, backend=backend,
@@ -118,7 +120,7 @@ def rg_lru(
     return_state: bool = False,
     backend: Backend | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The real-gated linear recurrent unit of Griffin (arXiv 2402.19427, section 2.4)::
+    """The real-gated linear recurrent unit of Griffin (arXiv 2402.19427, section 2.4).
 
         r, i  = sigmoid(gate_a), sigmoid(gate_x)
         log a = -8 r softplus(log_lambda)              a = (1 + lambda)^(-8 r)
@@ -129,7 +131,8 @@ def rg_lru(
 
     Args:
         x: (B,T,C). float32, bfloat16, float16, or float64 (then all others too).
-        gate_a, gate_x: (B,T,C), the gates before the sigmoid. Any strides are accepted.
+        gate_a: (B,T,C), the recurrence gate before the sigmoid. Any strides are accepted.
+        gate_x: (B,T,C), the input gate before the sigmoid.
         log_lambda: (C,), the decay per channel.
         h0: (N,C) float32 (float64 for float64 inputs), the state of sequences that go on; None:
             every sequence starts here.
@@ -146,7 +149,9 @@ def rg_lru(
         log_lambda and h0.
 
     Raises:
-        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
+        ValueError: shapes, values or combinations.
+        TypeError: dtypes.
+        RuntimeError: devices.
     """
     check_rg_lru(
         x, gate_a, gate_x, log_lambda, h0=h0, fresh=fresh, key_mask=key_mask,
@@ -234,7 +239,10 @@ def rg_lru_step(
     """One token per sequence: `state` is updated in place. Not differentiable.
 
     Args:
-        x, gate_a, gate_x: (N,C), log_lambda: (C,), dtypes as in `rg_lru`.
+        x: (N,C), dtypes as in `rg_lru`.
+        gate_a: (N,C).
+        gate_x: (N,C).
+        log_lambda: (C,).
         state: (N,C) float32 (float64 for float64 inputs).
         fresh: (N,) bool, true for a sequence without a token yet; left as it is. None: none.
 
@@ -242,8 +250,9 @@ def rg_lru_step(
         h (N,C) in x's dtype.
 
     Raises:
-        ValueError: shapes; TypeError: dtypes; RuntimeError: devices, or an input that requires
-        grad while grad mode is on.
+        ValueError: shapes.
+        TypeError: dtypes.
+        RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     op = "rg_lru_step"
     check_tensors(

@@ -341,7 +341,7 @@ def macchiato_attention(
     v_latent: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, StateTensors]:
-    """Window and latents in one probability: p(l|t) = softmax over l = 0..L of q_latent[t]::
+    """Window and latents in one probability: p(l|t) = softmax over l = 0..L of q_latent[t].
 
         y[t] = p(0|t) * sliding_window_attention(q, k, v)[t] + sum over l >= 1 of p(l|t) mean[t,l]
 
@@ -351,14 +351,24 @@ def macchiato_attention(
     Args:
         q_latent: (B,H,T,1+L) logits, column 0 for the window.
         k_latent: (B,Hl,T,L) logits of p(s|l), H a multiple of Hl.
-        q, k, v: (B,H,T,Dk), (B,Hk,T,Dk), (B,Hk,T,D).
-        window, causal, scale, key_mask, cu_seqlens: as in `sliding_window_attention`.
+        q: (B,H,T,Dk).
+        k: (B,Hk,T,Dk).
+        v: (B,Hk,T,D).
+        window: as in `sliding_window_attention`; 0: none.
+        causal: as in `sliding_window_attention`.
+        scale: multiplies q . k; None is 1/sqrt(Dk).
+        key_mask: (B,T) bool, True = a real token.
+        cu_seqlens: (N+1,) integer borders of N sequences packed along T, B == 1.
         latent_scale: multiplies q_latent and k_latent.
         state: of N sequences to continue from, causal only; its heads are the least common multiple
             of Hl and Hk.
-        past, past_k, past_v, past_mask: what the window sees instead of k, v and key_mask if there
-            are keys before the first query.
-        sinks, start, softcap: of the window.
+        past: keys of each sequence before its first query.
+        past_k: (B,Hk,past+T,Dk) keys that the window sees instead of k, if past > 0.
+        past_v: (B,Hk,past+T,D), in the same way.
+        past_mask: (B,past+T), in the same way.
+        sinks: of the window, as is `start`; see `sliding_window_attention`.
+        start: (N,) position of the first query in its sequence, 0 if None.
+        softcap: of the window's logits.
         v_latent: (B,Hk,T,D) values of the latents, v if None.
 
     Returns:

@@ -77,8 +77,9 @@ def rotate(
         inputs) by angles in float64. Gradients reach x.
 
     Raises:
-        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices, or
-        rates that require grad while grad mode is on.
+        ValueError: shapes, values or combinations.
+        TypeError: dtypes.
+        RuntimeError: devices, or rates that require grad while grad mode is on.
     """
     op = "rotate"
     check_tensors(op, {"x": x, "position": position}, rates=rates, pointwise=True)

@@ -24,7 +24,7 @@ _FIELDS = ("max", "norm", "mean")
 class LatentState:
     """The state of N sequences: a fixed number of values, whatever the number of tokens.
 
-    For the tokens of one sequence and per key/value head and latent::
+    For the tokens of one sequence and per key/value head and latent:
 
         max  (N,Hk,L)    the largest key logit         -inf if there is no token
         norm (N,Hk,L)    sum of exp(k - max)           0 if there is no token
@@ -36,8 +36,10 @@ class LatentState:
     tensors.
 
     Args:
-        max, norm, mean: float32 or float64 tensors of the shapes above on one device, kept without
-            a copy. N >= 0; Hk, L, D >= 1.
+        max: (N,Hk,L) float32 or float64, kept without a copy, as are the others. N >= 0; Hk, L and
+            D >= 1.
+        norm: (N,Hk,L), of the same dtype and device.
+        mean: (N,Hk,L,D), of the same dtype and device.
 
     Raises:
         TypeError: not tensors, or dtypes other than float32 or float64 or not all the same.
@@ -161,7 +163,8 @@ class LatentState:
             accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
 
         Raises:
-            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+            ValueError: a draft of other shapes, accepted out of range.
+            TypeError: types.
         """
         op = "[LatentState.commit]"
         self.check_draft(op, draft)

@@ -79,7 +79,8 @@ def sliding_window_attention(
 
     Args:
         q: (B,H,T,Dk). float32, bfloat16, float16, or float64 (then k and v too).
-        k: (B,Hk,T,Dk), H a multiple of Hk. v: (B,Hk,T,D). Any strides are accepted.
+        k: (B,Hk,T,Dk), H a multiple of Hk.
+        v: (B,Hk,T,D). Any strides are accepted.
         window: >= 1; token t sees the tokens s with t - window < s <= t.
         causal: false for |t - s| < window.
         scale: multiplies q . k; None is 1/sqrt(Dk).
@@ -97,7 +98,9 @@ def sliding_window_attention(
         cache's keys and values and the sinks.
 
     Raises:
-        ValueError: shapes, values or combinations; TypeError: dtypes; RuntimeError: devices.
+        ValueError: shapes, values or combinations.
+        TypeError: dtypes.
+        RuntimeError: devices.
     """
     op = "sliding_window_attention"
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
@@ -160,7 +163,9 @@ def sliding_window_attention_step(
     Equals `sliding_window_attention` over one more token. Not differentiable.
 
     Args:
-        q: (N,H,Dk), k: (N,Hk,Dk), v: (N,Hk,D), dtypes as in `sliding_window_attention`.
+        q: (N,H,Dk), dtypes as in `sliding_window_attention`.
+        k: (N,Hk,Dk).
+        v: (N,Hk,D).
         cache: N sequences, Hk heads; its window is the window.
         scale: multiplies q . k; None is 1/sqrt(Dk).
         sinks: as in `sliding_window_attention`, with q (N,H,Dk).
@@ -168,6 +173,11 @@ def sliding_window_attention_step(
 
     Returns:
         y (N,H,D) in v's dtype.
+
+    Raises:
+        ValueError: shapes or values.
+        TypeError: types and dtypes.
+        RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     op = "sliding_window_attention_step"
     check_tensors(op, {"q": q, "k": k, "v": v})

@@ -33,9 +33,10 @@ class WindowSinks(NamedTuple):
     A rotary model can thus keep its first tokens at a bounded distance: rotate `q` by
     min(t, window) and `k` by the token's own position.
 
-    Args:
+    Attributes:
         q: (B,H,T,Dk) queries to the sinks, (N,H,Dk) in a step.
-        k: (N,Hk,n,Dk). v: (N,Hk,n,D).
+        k: (N,Hk,n,Dk) keys of n sinks.
+        v: (N,Hk,n,D) their values.
         position: (N,n) int64, the sinks' positions in their sequence: a token sees those that have
             left its window (and those after it if not causal), so that no token counts twice. None:
             every token sees them all.
@@ -131,7 +132,8 @@ class WindowCache:
             index: positions in [-N, N) as a sequence or a 1-D integer tensor, or an (N,) bool mask.
 
         Raises:
-            TypeError: index is neither integer nor bool. ValueError: it does not fit.
+            TypeError: index is neither integer nor bool.
+            ValueError: it does not fit.
         """
         return WindowCache(*select("[WindowCache.select]", self.tensors(), index))
 
@@ -147,7 +149,8 @@ class WindowCache:
             accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
 
         Raises:
-            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+            ValueError: a draft of other shapes, accepted out of range.
+            TypeError: types.
         """
         op = "[WindowCache.commit]"
         self.check_draft(op, draft)
@@ -266,7 +269,7 @@ class WindowCache:
 class MacchiatoState(NamedTuple):
     """The past of N sequences in `macchiato_attention`: latents and window, a fixed size.
 
-    Args:
+    Attributes:
         latent: None if the layer has no latents (L = 0).
         window: None if it has no window (window = 0).
     """
@@ -303,7 +306,8 @@ class MacchiatoState(NamedTuple):
             accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
 
         Raises:
-            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+            ValueError: a draft of other shapes, accepted out of range.
+            TypeError: types.
         """
         self.check_draft("[MacchiatoState.commit]", draft)
         if self.latent is not None:

@@ -53,19 +53,16 @@ def context_parallel(target: Any, group: Group = None) -> Any:
 
     Traffic does not depend on T, where w is the window and K a convolution's width:
 
-    ==================================  ========================================================
-    latent_attention                    a state per head, 2L + L D numbers of the compute type, by
-                                        one all-gather; its gradient back to earlier ranks by one
-                                        all-to-all. Two states if packed and not causal.
-    linear_recurrence, rg_lru           two numbers per channel, in the same way; with a key_mask
-                                        also a byte per sequence
-    sliding_window_attention            w - 1 keys and values from the neighbours that have them,
-                                        by one all-to-all, and one back
-    short_conv                          K - 1 inputs, in the same way
-    macchiato_attention                 a window's and a latent attention's
-    all but latent_attention without    the tokens of every rank, two int64 by one all-gather,
-    cu_seqlens                          unless they are given as `lengths` or known from the model
-    ==================================  ========================================================
+    * latent_attention: a state per head, 2L + L D numbers of the compute type, by one all-gather;
+      its gradient back to earlier ranks by one all-to-all. Two states if packed and not causal.
+    * linear_recurrence, rg_lru: two numbers per channel, in the same way; with a key_mask also a
+      byte per sequence.
+    * sliding_window_attention: w - 1 keys and values from the neighbours that have them, by one
+      all-to-all, and one back.
+    * short_conv: K - 1 inputs, in the same way.
+    * macchiato_attention: a window's and a latent attention's.
+    * all but latent_attention without cu_seqlens: the tokens of every rank, two int64 by one
+      all-gather, unless they are given as `lengths` or known from the model.
 
     Args:
         target: one of these operators of `latte_ext`; or a module of `latte_ext.nn`, or one that
@@ -87,9 +84,10 @@ def context_parallel(target: Any, group: Group = None) -> Any:
 
     Raises:
         ValueError: another target, a module without layers of `latte_ext.nn`, one that is parallel
-            already, a group that does not fit; TypeError, RuntimeError: the group.
-        What is returned raises as its target does, and RuntimeError where a rank does not take part
-        within the group's timeout.
+            already, a group that does not fit. What is returned raises as its target does.
+        TypeError: another kind of group.
+        RuntimeError: torch.distributed is not initialised; and from what is returned, where a rank
+            does not take part within the group's timeout.
     """
     ranks = Ranks("context_parallel", group)
     if isinstance(target, nn.Module):

@@ -110,7 +110,8 @@ def attend(
     """What stands in the place of softmax attention: y (B,T,H,D), and no weights.
 
     Raises:
-        ValueError: dropout, or a mask that is not the padding's. TypeError: another cache.
+        ValueError: dropout, or a mask that is not the padding's.
+        TypeError: another cache.
     """
     if latte_given is None:
         raise TypeError(

@@ -89,7 +89,8 @@ def convert(model: PreTrainedModel, **options: Any) -> Any:
         `model`.
 
     Raises:
-        ValueError: what cannot be converted; TypeError: unknown options.
+        ValueError: what cannot be converted.
+        TypeError: unknown options.
     """
     settings = LatteSettings.create(options)
     config = model.config

@@ -113,7 +113,9 @@ def decode_costs(
     """What a token costs behind the first tokens of a document.
 
     Args:
-        model: a converted one. ids: (T,). positions: rising, steps apart, within T.
+        model: a converted one.
+        ids: (T,).
+        positions: rising, steps apart, within T.
     """
     check_converted("decode_costs", model)
     model.eval()

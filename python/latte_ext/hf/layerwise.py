@@ -73,7 +73,8 @@ def window_errors(model: Any, ids: Tensor, *, window: int = 512, sinks: int = 4)
     """What each layer's attention loses when it sees a window and sinks instead of everything.
 
     Args:
-        model: a causal one, converted or not. ids: (B,T) of texts, T above the window.
+        model: a causal one, converted or not.
+        ids: (B,T) of texts, T above the window.
 
     Returns:
         Per layer the relative squared error of the output of attention; 0 for a layer whose own

@@ -40,7 +40,8 @@ class LatteSettings:
             ones repeat its first half (`extended_rows`). None: the table as it is, if there is one.
 
     Raises:
-        TypeError: an option that there is not. ValueError: values out of range.
+        TypeError: an option that there is not.
+        ValueError: values out of range.
     """
 
     window: int = 512

@@ -58,7 +58,8 @@ class LayerCache(NamedTuple):
             index: positions in [-N, N) as a sequence or a 1-D integer tensor, or an (N,) bool mask.
 
         Raises:
-            TypeError: index is neither integer nor bool. ValueError: it does not fit.
+            TypeError: index is neither integer nor bool.
+            ValueError: it does not fit.
         """
         attention = self.attention.select(index)
         op = "[LayerCache.select]"
@@ -80,7 +81,8 @@ class LayerCache(NamedTuple):
             accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
 
         Raises:
-            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+            ValueError: a draft of other shapes, accepted out of range.
+            TypeError: types.
         """
         check_type("LayerCache.commit", "draft", draft, LayerDraft)
         kind = _DRAFT_KINDS[type(self.mixer)]

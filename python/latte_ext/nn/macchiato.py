@@ -28,7 +28,7 @@ _OP = "[MacchiatoAttention]"
 
 
 class MacchiatoAttention(nn.Module):
-    """A token attends to its window and to latents of the whole past, in one probability::
+    """A token attends to its window and to latents of the whole past, in one probability.
 
         y_t = p(0|t) local_t + sum_l p(l|t) E[v | l, s <= t]       p(l|t) = softmax over 0..L
 

@@ -156,7 +156,8 @@ class LatteLM(nn.Module):
             accepted: (N,) integers, how many of the w tokens each sequence keeps, from 0 to w.
 
         Raises:
-            ValueError: a draft of other shapes, accepted out of range; TypeError: types.
+            ValueError: a draft of other shapes, accepted out of range.
+            TypeError: types.
         """
         for layer_cache, layer_draft in zip(cache, draft, strict=True):
             layer_cache.commit(layer_draft, accepted)

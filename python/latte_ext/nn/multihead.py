@@ -75,7 +75,8 @@ class MultiheadLatentAttention(nn.Module):
         """Self-attention of query (B,T,E); returns (y (B,T,E), None).
 
         Args:
-            query, key: the same tensor, from which q and k are projected.
+            query: (B,T,E), from which q and k are projected.
+            key: the same tensor as query.
             value: (B,T,E), usually the same tensor too.
             key_padding_mask: (B,T), true (or -inf) for a token to ignore.
             need_weights: must be false: there is no T x T matrix of weights.

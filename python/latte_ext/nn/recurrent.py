@@ -77,8 +77,9 @@ class RGLRU(nn.Module):
         channels: C.
         num_blocks: G, a divisor of C: each block of C/G channels has gates of its own.
         causal: whether token t sees the tokens s <= t only.
-        min_decay, max_decay: a at fully open gates (r = 1) is drawn between these, its square
+        min_decay: a at fully open gates (r = 1) is drawn between this and max_decay, its square
             uniformly.
+        max_decay: the other end.
 
     Raises:
         ValueError: sizes that are not positive or do not divide, decays outside of (0, 1).
