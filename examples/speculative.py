@@ -7,6 +7,7 @@ positions. The tokens are those of greedy decoding, whatever the small model pro
 python examples/speculative.py
 """
 
+import argparse
 from typing import NamedTuple
 
 import torch
@@ -65,8 +66,13 @@ def _propose(small: LatteLM, cache: list[LayerCache], token: Tensor, count: int)
     return torch.stack(tokens, 1) if tokens else token.new_empty(token.shape[0], 0)
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
     sizes = {"vocab_size": 64, "num_heads": 4, "num_latents": 16}
     large = LatteLM(LatteConfig.named("latte-conv-swa++", embed_dim=64, num_layers=4, **sizes))
     # The first of the large model's layers, as a small model that agrees with it now and then.

@@ -4,14 +4,21 @@
 python examples/stream.py
 """
 
+import argparse
+
 import latte_ext
 import torch
 
 B, H, T, L, D = 1, 8, 4096, 64, 64
 
 
-def main() -> None:
-    torch.manual_seed(0)
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    torch.manual_seed(args.seed)
     q, k, v = torch.randn(B, H, T, L), torch.randn(B, H, T, L), torch.randn(B, H, T, D)
     whole = latte_ext.latent_attention(q, k, v)
 

@@ -6,10 +6,9 @@ N sequences (B, or the number of packed sequences).
 """
 
 import dataclasses
-import importlib.util
+import importlib
 import math
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -204,13 +203,7 @@ def random_mask(batch: int, tokens: int, *, keep: float = 0.6, seed: int = 0) ->
 
 def load_example(name: str) -> ModuleType:
     """The module examples/`name`.py."""
-    path = Path(__file__).parents[2] / "examples" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module(name)
 
 
 Attention = Callable[..., tuple[Tensor, LatentState]]

@@ -127,11 +127,13 @@ def test_a_changing_batch_gives_the_tokens_of_one_at_a_time(variant: str) -> Non
     if "window" in VARIANTS[variant]:
         sizes["window"] = 4
     model = LatteLM(LatteConfig.named(variant, **sizes), dtype=torch.float64).eval()
-    scheduler = load_example("continuous_batching").Scheduler(model, max_batch=3)
+    example = load_example("continuous_batching")
+    scheduler = example.Scheduler(model, max_batch=3)
     requests, seen = [], set()
     # A request per step, of lengths such that sequences come and go at most steps.
     for length, count in [(7, 4), (1, 1), (12, 6), (3, 2), (5, 9), (2, 1), (9, 3), (4, 5)]:
-        requests.append(scheduler.submit(torch.randint(32, (length,)), count))
+        request = example.Request(torch.randint(32, (length,)), count)
+        requests.append(scheduler.submit(request))
         scheduler.step()
         seen.add(len(scheduler.running))
     while scheduler.busy:
@@ -144,5 +146,5 @@ def test_a_changing_batch_gives_the_tokens_of_one_at_a_time(variant: str) -> Non
 
 
 def test_the_example_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    load_example("continuous_batching").main()
+    load_example("continuous_batching").main([])
     assert "tokens of 10 requests in" in capsys.readouterr().out

@@ -348,7 +348,7 @@ def test_speculative_generation_is_greedy_generation(variant: str, width: int) -
 
 
 def test_the_example_says_what_it_saved(capsys: pytest.CaptureFixture[str]) -> None:
-    load_example("speculative").main()
+    load_example("speculative").main([])
     assert "same tokens as greedy decoding: True" in capsys.readouterr().out
 
 

@@ -12,6 +12,7 @@ from .config import LatteConfig as LatteConfig
 from .macchiato import MacchiatoAttention as MacchiatoAttention
 from .model import LatteEncoder as LatteEncoder
 from .model import LatteLM as LatteLM
+from .model import sample_token as sample_token
 from .multihead import MultiheadLatentAttention as MultiheadLatentAttention
 from .multihead import replace_attention as replace_attention
 from .recurrent import RGLRU as RGLRU
@@ -34,5 +35,6 @@ __all__ = [
     "ShortConv",
     "load",
     "replace_attention",
+    "sample_token",
     "save",
 ]
