@@ -222,15 +222,14 @@ class Bidirectional {
       scan_tiles<T, Part::update_only, Decay::none>(update);
       scan_tiles<T, Part::output_only, Decay::none>(output);
       const RowsResult<T> result(dq, first, s_.dq, stride_);
+      alignas(64) T means[kChunk];
+      row_products(n, width_, s_.p, stride_, s_.u, means);
       for (int64_t t = 0; t < n; ++t) {
-        const T* p = s_.p + t * stride_;
-        Vec<T> sum = {};
-        for (int64_t l = 0; l < width_; l += kLanes<T>)
-          sum += load(p + l) * load(blocked(s_.u, t, l));
-        const Vec<T> mean = splat(reduce_add<T>(sum) - log_sum_gradient<T>(task_, first + t));
+        const T mean = means[t] - log_sum_gradient<T>(task_, first + t);
         for (int64_t l = 0; l < width_; l += kLanes<T>) {
           const Vec<T> u = load(blocked(s_.u, t, l));
-          store(result.data + t * result.stride + l, load(p + l) * (u - mean) * scale);
+          store(result.data + t * result.stride + l,
+                load(s_.p + t * stride_ + l) * (u - mean) * scale);
         }
       }
       result.flush(n);

@@ -314,17 +314,17 @@ class CausalBackward {
   void query_gradient(int64_t first, int64_t n) {
     const RowsResult<T> dq(dq_, first, s_.dq, stride_);
     const T scale = T(task_.scale);
+    alignas(64) T means[kChunk];
+    row_products(n, width_, s_.w, stride_, s_.u, means);
     for (int64_t t = 0; t < n; ++t) {
       const T *w = s_.w + t * stride_, *p = s_.p + t * stride_, *iz = s_.inverse_z + t * stride_;
       T *dq_row = dq.data + t * dq.stride, *wu_row = wu_ + (first + t) * wu_stride_;
-      Vec<T> sum = {};
-      for (int64_t l = 0; l < width_; l += kLanes<T>)
-        sum += load(w + l) * load(blocked(s_.u, t, l));
-      const Vec<T> mean = splat(reduce_add<T>(sum) - log_sum_gradient<T>(task_, first + t));
+      const T mean = means[t] - log_sum_gradient<T>(task_, first + t);
+      const T p_mean = mean * s_.inverse_sums[t] * scale;
       for (int64_t l = 0; l < width_; l += kLanes<T>) {
-        const Vec<T> u = load(blocked(s_.u, t, l)) * load(iz + l);
-        store(dq_row + l, load(p + l) * (u - mean) * scale);
-        store(wu_row + l, load(w + l) * u);
+        const Vec<T> pu = load(w + l) * load(blocked(s_.u, t, l));
+        store(dq_row + l, pu * scale - load(p + l) * p_mean);
+        store(wu_row + l, pu * load(iz + l));
       }
     }
     dq.flush(n);

@@ -60,6 +60,23 @@ LATTE_INLINE void softmax_of(const Source<T>& q, int64_t first, int64_t n, int64
                  [&](const auto& rows) { softmax_rows(n, width, rows, p, stride, inverse_sums); });
 }
 
+// The sum over latents of n rows times the rows of a blocked operand, kLanes rows at a time: a sum
+// across one vector is a chain of eight operations that nothing else can hide.
+template <class T>
+inline void row_products(int64_t n, int64_t width, const T* rows, int64_t stride, const T* blocks,
+                         T* out) {
+  for (int64_t first = 0; first < n; first += kLanes<T>) {
+    Vec<T> sums[kLanes<T>] = {};
+    for (int64_t i = 0; i < kLanes<T> && first + i < n; ++i) {
+      Vec<T> sum = {};
+      for (int64_t l = 0; l < width; l += kLanes<T>)
+        sum += load(rows + (first + i) * stride + l) * load(blocked(blocks, first + i, l));
+      sums[i] = sum;
+    }
+    store(out + first, sums_of<T>(sums));
+  }
+}
+
 // Rows of a result: written in place if possible, else to `scratch` and converted by flush().
 template <class T>
 class RowsResult {
@@ -149,7 +166,8 @@ inline void start_state(const HeadState& state, int64_t latents, int64_t dim, in
   tiles.clear();
   for (int64_t l = 0; l < width; ++l) {
     norm.r[l] = kLowest<T>;
-    norm.z[l] = 0;
+    // A lane without a latent is not an empty latent.
+    norm.z[l] = l < latents ? T(0) : T(1);
     norm.top[l] = -T(__builtin_inf());
   }
   if (!state.norm) return;

@@ -44,7 +44,7 @@ struct Normaliser {
 
 enum class Operands {
   forward,           // ew = [e | w]
-  gradient_forward,  // blocked = e; rows p, w and 1/z
+  gradient_forward,  // blocked = e; rows w and 1/z
   gradient_reverse,  // ew = [e | w], blocked = w
   keys_only,         // rows e
 };
@@ -53,9 +53,10 @@ template <class T>
 struct Prepared {
   T* ew = nullptr;
   T* blocked = nullptr;
-  T *p = nullptr, *w = nullptr, *inverse_z = nullptr, *e = nullptr;
+  const T* p = nullptr;
+  T *w = nullptr, *inverse_z = nullptr, *e = nullptr;
   int64_t row_stride = 0;           // of p, w, inverse_z and e
-  const T* inverse_sums = nullptr;  // of the rows p, which are not normalised yet
+  const T* inverse_sums = nullptr;  // of the rows p, which are not normalised
   T* alpha = nullptr;               // blocked; row 0 alone for a raised chunk
 };
 
@@ -131,6 +132,20 @@ enum class Keys {
 // Lags at which a key is compared with the chunk's first: every period up to 8 divides two of them.
 inline constexpr int64_t kTieLags[] = {24, 40, 42, 48, 56, 60};
 
+// The maxima of U vectors of keys into `out`, which is blocked. A NaN key is passed over: it must
+// not hide the rise of a key before it, and spoils z and every later row by itself.
+template <class T, int U>
+LATTE_INLINE void highest_keys(int64_t n, int64_t l, const T* k, int64_t k_stride, T* out) {
+  Vec<T> m[U];
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) m[u] = load(k + l + u * kLanes<T>);
+  for (int64_t t = 1; t < n; ++t)
+#pragma GCC unroll 4
+    for (int u = 0; u < U; ++u) m[u] = max(load(k + t * k_stride + l + u * kLanes<T>), m[u]);
+#pragma GCC unroll 4
+  for (int u = 0; u < U; ++u) store(blocked(out, 0, l + u * kLanes<T>), m[u]);
+}
+
 // Moves the reference of an empty latent to its first key for free, notes the maximum (also in row
 // 0 of alpha), and looks for a key above the margin and for ties. Equal additions all round the
 // same way: tied keys made the state drift by 4e-4 of its size in 65,536 tokens, where differing
@@ -139,20 +154,20 @@ inline constexpr int64_t kTieLags[] = {24, 40, 42, 48, 56, 60};
 template <class T>
 inline Keys classify_keys(int64_t n, int64_t width, const T* k, int64_t k_stride,
                           const Normaliser<T>& norm, T* alpha) {
+  int64_t c = 0;
+  // One maximum at a time would wait for itself, 4 cycles per key.
+  for (; c + 4 * kLanes<T> <= width; c += 4 * kLanes<T>)
+    highest_keys<T, 4>(n, c, k, k_stride, alpha);
+  for (; c < width; c += kLanes<T>) highest_keys<T, 1>(n, c, k, k_stride, alpha);
   Vec<T> excess = {};
   bool tied = false;
   for (int64_t l = 0; l < width; l += kLanes<T>) {
-    Vec<T> m = load(k + l);
+    const Vec<T> key = load(k + l), m = load(blocked(alpha, 0, l));
     const Vec<T> r0 = load(norm.r + l);
-    const Vec<T> r = load(norm.z + l) > 0 ? r0 : max(r0, m);
+    const Vec<T> r = load(norm.z + l) > 0 ? r0 : max(r0, key);
     store(norm.r + l, r);
-    // A NaN key is passed over here: it must not hide the rise of a key before it. It spoils z and
-    // every later row by itself.
-    for (int64_t t = 1; t < n; ++t) m = max(load(k + t * k_stride + l), m);
     store(norm.top + l, max(load(norm.top + l), m));
-    store(blocked(alpha, 0, l), m);
     excess = max(m - r, excess);
-    const Vec<T> key = load(k + l);
     Vec<T> ties = {};
     for (const int64_t t : kTieLags)
       if (t < n)
@@ -176,12 +191,22 @@ inline void raise_reference(int64_t width, const Normaliser<T>& norm, T* alpha) 
   }
 }
 
+// How a chunk's keys become weights.
+enum class Pace {
+  ordinary,  // no latent is empty, no key is below r - 1e26: to be checked
+  careful,   // any keys; a sum of the chunk's own if asked for
+  rising,    // with a decay per token
+};
+
 // Two short passes over U vectors of latents instead of one chain exp -> z -> 1/z -> w per vector,
-// which outgrows the scheduler (57 -> 46 ns per token at L = 64).
-template <class T, Operands kOperands, int U, bool kRise>
-inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, Normaliser<T> norm,
+// which outgrows the scheduler (57 -> 46 ns per token at L = 64). False: at this pace it cannot be
+// done, and the normaliser is as it was.
+template <class T, Operands kOperands, int U, Pace kPace>
+inline bool prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, Normaliser<T> norm,
                             Prepared<T> out, bool own_sum) {
   constexpr int64_t lanes = kLanes<T>;
+  constexpr bool ordinary = kPace == Pace::ordinary, rising = kPace == Pace::rising;
+  if (n < 1) __builtin_unreachable();
   alignas(64) T e[kChunk * U * lanes];
   {
     Vec<T> r[U];
@@ -192,15 +217,15 @@ inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
 #pragma GCC unroll 2
       for (int u = 0; u < U; ++u) {
         const Vec<T> key = load(row + u * lanes);
-        if constexpr (kRise) {
+        if constexpr (rising) {
           const Vec<T> raised = max(r[u], key);
           store(blocked(out.alpha, t, l + u * lanes), exp(r[u] - raised));
           r[u] = raised;
         }
-        store(e + (t * U + u) * lanes, exp(key - r[u]));
+        store(e + (t * U + u) * lanes, ordinary ? exp_unbounded(key - r[u]) : exp(key - r[u]));
       }
     }
-    if constexpr (kRise) {
+    if constexpr (rising) {
 #pragma GCC unroll 2
       for (int u = 0; u < U; ++u) store(norm.r + l + u * lanes, r[u]);
     }
@@ -212,23 +237,22 @@ inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
     const Vec<T> z = load(norm.z + l + u * lanes);
     before[u] = own_sum ? z : Vec<T>{};
     sum[u] = own_sum ? Vec<T>{} : z;
+    if (ordinary && any_greater(splat(kEmptyNorm<T>), z + load(e + u * lanes))) return false;
   }
   for (int64_t t = 0; t < n; ++t) {
 #pragma GCC unroll 2
     for (int u = 0; u < U; ++u) {
       const int64_t c = l + u * lanes;
       const Vec<T> weight = load(e + (t * U + u) * lanes);
-      if constexpr (kRise) sum[u] *= load(blocked(out.alpha, t, c));
+      if constexpr (rising) sum[u] *= load(blocked(out.alpha, t, c));
       sum[u] += weight;
       if constexpr (kOperands == Operands::keys_only) {
         store(out.e + t * out.row_stride + c, weight);
       } else {
-        T* p_row = out.p + t * out.row_stride + c;
-        const Vec<T> p = load(p_row) * out.inverse_sums[t];
-        const Vec<T> inverse = reciprocal(max(before[u] + sum[u], splat(kEmptyNorm<T>)));
-        const Vec<T> w = p * inverse;
+        const Vec<T> z = ordinary ? sum[u] : max(before[u] + sum[u], splat(kEmptyNorm<T>));
+        const Vec<T> p = load(out.p + t * out.row_stride + c) * out.inverse_sums[t];
+        const Vec<T> inverse = reciprocal(z), w = p * inverse;
         if constexpr (kOperands == Operands::gradient_forward) {
-          store(p_row, p);
           store(out.w + t * out.row_stride + c, w);
           store(out.inverse_z + t * out.row_stride + c, inverse);
           store(blocked(out.blocked, t, c), weight);
@@ -240,17 +264,25 @@ inline void prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
       }
     }
   }
+  if constexpr (ordinary) {
+#pragma GCC unroll 2
+    for (int u = 0; u < U; ++u)
+      if (!all_finite(sum[u])) return false;
+  }
 #pragma GCC unroll 2
   for (int u = 0; u < U; ++u) store(norm.z + l + u * lanes, before[u] + sum[u]);
+  return true;
 }
 
-template <class T, Operands kOperands, bool kRise>
+template <class T, Operands kOperands, Pace kPace>
 inline void prepare_all(int64_t n, int64_t width, const T* k, int64_t k_stride,
                         const Normaliser<T>& norm, const Prepared<T>& out, bool own_sum) {
   int64_t l = 0;
   for (; l + 2 * kLanes<T> <= width; l += 2 * kLanes<T>)
-    prepare_latents<T, kOperands, 2, kRise>(n, l, k, k_stride, norm, out, own_sum);
-  if (l < width) prepare_latents<T, kOperands, 1, kRise>(n, l, k, k_stride, norm, out, own_sum);
+    if (!prepare_latents<T, kOperands, 2, kPace>(n, l, k, k_stride, norm, out, own_sum))
+      prepare_latents<T, kOperands, 2, Pace::careful>(n, l, k, k_stride, norm, out, own_sum);
+  if (l < width && !prepare_latents<T, kOperands, 1, kPace>(n, l, k, k_stride, norm, out, own_sum))
+    prepare_latents<T, kOperands, 1, Pace::careful>(n, l, k, k_stride, norm, out, own_sum);
 }
 
 // Prepares n <= kChunk tokens, whose softmax_rows() are in p, and advances the normaliser.
@@ -260,10 +292,11 @@ inline Keys prepare(int64_t n, int64_t width, const T* k, int64_t k_stride,
   const Keys keys = classify_keys(n, width, k, k_stride, norm, out.alpha);
   if (keys == Keys::raised) raise_reference(width, norm, out.alpha);
   if (keys == Keys::rising) {
-    prepare_all<T, kOperands, true>(n, width, k, k_stride, norm, out, false);
+    prepare_all<T, kOperands, Pace::rising>(n, width, k, k_stride, norm, out, false);
+  } else if (kOperands == Operands::keys_only || keys == Keys::tied) {
+    prepare_all<T, kOperands, Pace::careful>(n, width, k, k_stride, norm, out, true);
   } else {
-    const bool own_sum = kOperands == Operands::keys_only || keys == Keys::tied;
-    prepare_all<T, kOperands, false>(n, width, k, k_stride, norm, out, own_sum);
+    prepare_all<T, kOperands, Pace::ordinary>(n, width, k, k_stride, norm, out, false);
   }
   return keys;
 }

@@ -132,6 +132,11 @@ LATTE_INLINE bool any_greater(VecF a, VecF b) {
 }
 #endif
 
+template <class V>
+LATTE_INLINE bool all_finite(V x) {
+  return !any_greater(V{} + 1, x - x == V{} ? V{} + 1 : V{});
+}
+
 // Fixed reduction trees: the same bits for the same row, whatever surrounds it (T7).
 template <class T>
 LATTE_INLINE T reduce_add(Vec<T> x) {
@@ -327,20 +332,23 @@ alignas(64) inline constexpr float kExp2Table[32] = {
     1.83400809f, 1.87416763f, 1.91520656f, 1.95714412f};
 // n in steps of 1/32: its fraction is a lookup and |r| <= log(2) / 64 leaves a polynomial of two
 // terms (11 operations with the sum of a softmax; with steps of 1 and five terms, 14).
-LATTE_INLINE VecF exp(VecF x) {
-  // exp(-200) is 0 after scalef, and the clamp keeps -inf out of the subtraction.
-  const __m512 bounded = _mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x);
+LATTE_INLINE VecF exp_unbounded(VecF x) {
   // Adding 1.5 * 2^18 rounds to a multiple of 1/32 and leaves 32 n in the low bits.
   const __m512 magic = _mm512_set1_ps(393216.0f);
-  const __m512 shifted = _mm512_fmadd_ps(bounded, _mm512_set1_ps(kLog2E), magic);
+  const __m512 shifted = _mm512_fmadd_ps((__m512)x, _mm512_set1_ps(kLog2E), magic);
   const __m512 n = _mm512_sub_ps(shifted, magic);
-  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLog2<float>), bounded);
+  const __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(kLog2<float>), (__m512)x);
   const __m512 root = _mm512_permutex2var_ps(_mm512_load_ps(kExp2Table), (__m512i)shifted,
                                              _mm512_load_ps(kExp2Table + 16));
   const __m512 q =
       _mm512_mul_ps(_mm512_fmadd_ps(_mm512_set1_ps(0.5f), r, _mm512_set1_ps(1.000014642f)), r);
-  // scalef takes the floor of n.
+  // scalef takes the floor of n, and of a NaN times 2^-inf, which is what -inf comes to, it makes
+  // 0.
   return (VecF)_mm512_scalef_ps(_mm512_fmadd_ps(root, q, root), n);
+}
+LATTE_INLINE VecF exp(VecF x) {
+  // exp(-200) is 0 after scalef.
+  return exp_unbounded((VecF)_mm512_max_ps(_mm512_set1_ps(-200.0f), (__m512)x));
 }
 #else
 LATTE_INLINE VecF exp(VecF x) {
@@ -379,11 +387,20 @@ LATTE_INLINE VecD exp(VecD x) {
   return x;
 }
 
-// exp(x) as above, and for x > 88 either NaN or more than 1e38.
+// For results that are checked afterwards. exp_unbounded(x) is exp(x) for x <= 88, but for finite
+// x < -1e26 it may be NaN or infinite, which with AVX-512 saves an operation of ten;
+// exp_saturating(x) may be so for x > 88 as well, or just more than 1e38.
 #if LATTE_VECTOR_BYTES == 64
-LATTE_INLINE VecF exp_saturating(VecF x) { return exp(x); }
-LATTE_INLINE VecD exp_saturating(VecD x) { return exp(x); }
+LATTE_INLINE VecD exp_unbounded(VecD x) { return exp(x); }
+template <class V>
+LATTE_INLINE V exp_saturating(V x) {
+  return exp_unbounded(x);
+}
 #else
+template <class V>
+LATTE_INLINE V exp_unbounded(V x) {
+  return exp(x);
+}
 template <class V>
 LATTE_INLINE V exp_saturating(V x) {
   return exp(min(V{} + 88, x));
