@@ -112,11 +112,11 @@ def draw_attention(model: LatteLM, tokens: Tensor, path: Path) -> None:
         1, 3, figsize=(8.6, 5.2), width_ratios=[0.25, 0.25, 1], layout="constrained"
     )
     axes[0].imshow(q[0, head].softmax(-1), aspect="auto", **COLOURS)
-    axes[0].set_title("p(l|t)\nwhich latents token t asks", fontsize=9)
+    axes[0].set_title("p(l|t)\nasked by t", fontsize=9)
     label(axes[0], text, "y")
     keys = k[0, head]
     axes[1].imshow((keys - keys.amax(0)).exp(), aspect="auto", **COLOURS)
-    axes[1].set_title("exp(k - max)\nwhich latents token s tells", fontsize=9)
+    axes[1].set_title("exp(k - max)\ntold by s", fontsize=9)
     label(axes[1], text, "y")
     for ax in axes[:2]:
         ax.set_xticks([0, q.shape[-1] - 1], ["1", str(q.shape[-1])], fontsize=8)
