@@ -2,8 +2,8 @@
 """Hooks of mkdocs: what the site of docs/ needs beyond docs/.
 
 Links in docs/ are those of the repository, so that they work in its file view too. On the site a
-file outside docs/ is a page of its own, under source/; one that does not exist stays a broken link,
-which `mkdocs build --strict` refuses. Formulas become MathML, so that no script draws them.
+file or folder outside docs/ is a page of its own, under source/; one that does not exist stays a
+broken link, which `mkdocs build --strict` refuses. Formulas become MathML, so that no script draws them.
 """
 
 from __future__ import annotations
@@ -39,18 +39,27 @@ def to_repository(page: str) -> str:
     return path if (ROOT / path).is_file() else path.removesuffix(".md")
 
 
+def is_markdown(path: str) -> bool:
+    """Whether the page of a file or folder has links of the repository."""
+    return path.endswith(".md") or (ROOT / path).is_dir()
+
+
 def targets(path: str, text: str) -> dict[str, str]:
     """The links of a Markdown file that lead out of its folder tree, and what they point to."""
     found = {}
     for link in set(LINK.findall(text)):
         target = posixpath.normpath(posixpath.join(posixpath.dirname(path), link))
-        if ":" not in link and (ROOT / target).is_file():
+        if ":" not in link and (ROOT / target).exists():
             found[link] = target
     return found
 
 
 def listing(path: str) -> str:
-    """A page that shows a source file."""
+    """A page that shows a source file, or the names in a folder."""
+    if (ROOT / path).is_dir():
+        names = sorted(x.name for x in (ROOT / path).iterdir() if x.name[0] not in "._")
+        links = (f"* [{name}]({posixpath.basename(path)}/{name})" for name in names)
+        return f"# {path}\n\n" + "\n".join(links) + "\n"
     suffix = Path(path).suffix
     language = LANGUAGES.get(suffix, suffix.removeprefix("."))
     return f"# {path}\n\n``````{language}\n{(ROOT / path).read_text()}\n``````\n"
@@ -64,11 +73,9 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
             page = to_page(target)
             if target.startswith("docs/") or page in files.src_uris:
                 continue
-            if target.endswith(".md"):
-                text = (ROOT / target).read_text()
+            text = (ROOT / target).read_text() if target.endswith(".md") else listing(target)
+            if is_markdown(target):
                 queue.append((target, text))
-            else:
-                text = listing(target)
             files.append(
                 File.generated(config, page, content=text, inclusion=InclusionLevel.NOT_IN_NAV)
             )
@@ -78,7 +85,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Links of the repository become links of the site."""
     path = to_repository(page.file.src_uri)
-    if not path.endswith(".md"):
+    if not is_markdown(path):
         return markdown
     places = {
         link: posixpath.relpath(to_page(target), posixpath.dirname(page.file.src_uri))
