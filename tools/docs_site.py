@@ -3,7 +3,8 @@
 
 Links in docs/ are those of the repository, so that they work in its file view too. On the site a
 file or folder outside docs/ is a page of its own, under source/; one that does not exist stays a
-broken link, which `mkdocs build --strict` refuses. Formulas become MathML, so that no script draws them.
+broken link, which `mkdocs build --strict` refuses. Formulas become MathML, so that no script draws
+them.
 """
 
 from __future__ import annotations
