@@ -72,11 +72,12 @@ test-cpp-sanitized: $(VENV)/requirements $(GTEST_HEADER)
 	$(call cpp-suite,build/cpp-asan,-DLATTE_SANITIZE=address$(COMMA)undefined)
 	$(call cpp-suite,build/cpp-tsan,-DLATTE_SANITIZE=thread -DLATTE_OPENMP=OFF)
 
-# What nvcc makes of the CUDA kernels; that they compute the right thing is among the C++ tests.
+# What nvcc makes of the CUDA kernels, of all of them with ALL=1; that they compute the right thing is
+# among the C++ tests.
 test-cuda: $(VENV)/requirements
 	@if command -v nvcc >/dev/null; then \
 	  PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B build/cuda -G Ninja >/dev/null \
-	  && $(BIN)/python tools/check_ptxas.py --include build/cuda/include; \
+	  && $(BIN)/python tools/check_ptxas.py $(if $(ALL),,--quick) --include build/cuda/include; \
 	else echo "CUDA: resources NOT tested: no nvcc here"; fi
 
 # The operators' tests on the emulated CUDA kernels, through the binding that a GPU would use.

@@ -27,6 +27,8 @@ struct AttentionArgs {
   // The tokens of a sequence are cut into `parts`, of which the first `walked` have blocks. Where
   // every part has a state, that of part i of sequence n is number n parts + i.
   int parts = 1, walked = 1, slices = 1, latent_slices = 1;
+  int stages = 1;
+  View softmax;  // (B,H,T,2), of q's rows: maximum and 1 / sum; absent where L is one slice
   StateView initial, final;
   bool initial_of_part = false, final_of_part = false;
 };
@@ -84,9 +86,8 @@ __device__ __forceinline__ Slice slice_of(const HeadRows& rows, const Work& w, i
           channels - channel};
 }
 
-// Padding keeps the eight rows of a matrix on different banks.
 template <class E>
-inline constexpr int kPadding = 16 / sizeof(E);
+inline constexpr int kPadding = kRowPadding / sizeof(E);
 
 // The rows [t, t + kRows) of kWidth channels into shared memory, zeros where there is nothing or
 // `is_used(row)` is false. Vectors arrive asynchronously.
@@ -121,12 +122,17 @@ __device__ __forceinline__ void load_rows(E* to, const Slice& from, int64_t t, U
   });
 }
 
+// Of chunk i, with one stage or two.
+__device__ __forceinline__ int stage_of(int64_t i, int stages) {
+  return static_cast<int>(i) & (stages - 1);
+}
+
 // Walks chunks whose rows load(chunk) asks for; with two stages the next chunk is on its way while
 // one is walked. The first has been asked for.
-template <int kStages, class Load, class Walk>
-__device__ __forceinline__ void walk_chunks(int64_t chunks, Load load, Walk walk) {
+template <class Load, class Walk>
+__device__ __forceinline__ void walk_chunks(int64_t chunks, int stages, Load load, Walk walk) {
   for (int64_t c = 0; c < chunks; ++c) {
-    if (kStages == 2 && c + 1 < chunks) {
+    if (stages == 2 && c + 1 < chunks) {
       load(c + 1);
       async_copy_wait<1>();
     } else {
@@ -134,7 +140,7 @@ __device__ __forceinline__ void walk_chunks(int64_t chunks, Load load, Walk walk
     }
     __syncthreads();
     walk(c);
-    if (kStages == 1 && c + 1 < chunks) load(c + 1);
+    if (stages == 1 && c + 1 < chunks) load(c + 1);
   }
 }
 
@@ -260,6 +266,27 @@ __device__ __forceinline__ RowSoftmax row_softmax(int latents, F logit) {
   for (int l = lane_id(); l < latents; l += 32) sum += expf(logit(l) - high);
   sum = across_warp(sum, [](float x, float y) { return x + y; });
   return {high, sum > 0 ? 1 / sum : 0};
+}
+
+// The same of row t of a block's, which has all of the latents, or finds it where L is cut.
+template <class F>
+__device__ __forceinline__ RowSoftmax row_softmax(const AttentionArgs& a, const Work& w, int64_t t,
+                                                  int latents, F logit) {
+  if (!a.softmax.data) return row_softmax(latents, logit);
+  const float* const row = a.softmax.at<float>(w.batch, w.head, w.first + t);
+  return {global_load(row), global_load(row + 1)};
+}
+// And of the two rows of a lane's tile at row t. Rows that are not there have no weights.
+__device__ __forceinline__ void load_softmax(const AttentionArgs& a, const Work& w, int64_t t,
+                                             float (&max)[2], float (&inverse_sum)[2]) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const int64_t row = t + tile_row(2 * r);
+    max[r] = inverse_sum[r] = 0;
+    if (row >= w.tokens) continue;
+    const float* const at = a.softmax.at<float>(w.batch, w.head, w.first + row);
+    max[r] = global_load(at), inverse_sum[r] = global_load(at + 1);
+  }
 }
 
 }  // namespace latte::cuda

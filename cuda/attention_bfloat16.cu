@@ -3,7 +3,7 @@
 
 namespace latte::cuda {
 
-template void launch_attention<__nv_bfloat16>(AttentionKernel, const AttentionArgs&, int64_t,
+template void launch_attention<__nv_bfloat16>(AttentionKernel, const AttentionArgs&, int, int64_t,
                                               void*);
 
 }  // namespace latte::cuda

@@ -67,20 +67,40 @@ void with_element_type(DType dtype, F f) {
   });
 }
 
+// How a forward pass cuts L and D over blocks, by shape, type and the device's shared memory.
+struct ForwardSlices {
+  int latents;  // of a block
+  int slices, latent_slices;
+
+  ForwardSlices(const Problem& p, DType kernel_type, int64_t limit)
+      : latents(forward_latents(p.latents, kernel_type, limit)),
+        slices(static_cast<int>(ceil_div(p.dim, value_slice(latents, kernel_type)))),
+        latent_slices(static_cast<int>(ceil_div(p.latents, latents))) {}
+  int64_t blocks() const { return int64_t{slices} * latent_slices; }
+};
+
+// The workspace of a plan that depends on the device's shared memory, on any device.
+template <class Plan, class Params>
+int64_t workspace_of_any(const Params& params) {
+  int64_t bytes = 0;
+  for (const int64_t limit : kSharedLimits) bytes = most(bytes, workspace_of(Plan(params, limit)));
+  return bytes;
+}
+
 // The states of the keys of `parts` parts of every sequence, folded into those before each part,
 // or, bidirectional, into that of the whole sequence.
 class KeyStates {
  public:
   KeyStates(const char* op, const AttentionArgs& args, DType kernel_type, const Problem& problem,
-            bool causal, int parts)
+            const ForwardSlices& cut, bool causal, int parts)
       : op_(op),
         args_(args),
         type_(kernel_type),
         problem_(problem),
+        latents_(cut.latents),
         causal_(causal),
         parts_(parts) {
-    const int slice = value_slice(latent_tile(problem.latents), kernel_type == DType::bfloat16);
-    args_.slices = static_cast<int>(ceil_div(problem.dim, slice));
+    args_.slices = cut.slices, args_.latent_slices = cut.latent_slices;
     args_.parts = parts, args_.walked = summarised();
     args_.final_of_part = true;
   }
@@ -99,8 +119,9 @@ class KeyStates {
     a.final = before_;
     const int64_t heads = problem_.sequences * problem_.kv_heads;
     with_element_type(type_, [&](auto type) {
-      launch_attention<typename decltype(type)::type>(AttentionKernel::key_summary, a,
-                                                      heads * a.walked * a.slices, stream);
+      launch_attention<typename decltype(type)::type>(AttentionKernel::key_summary, a, latents_,
+                                                      heads * a.walked * a.slices * a.latent_slices,
+                                                      stream);
     });
     FoldArgs f;
     f.parts = before_, f.total = total_, f.initial = initial;
@@ -122,6 +143,7 @@ class KeyStates {
   AttentionArgs args_;
   DType type_;
   Problem problem_;
+  int latents_;  // of a block
   bool causal_;
   int parts_;
   StateView before_, total_;

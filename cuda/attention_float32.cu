@@ -3,6 +3,6 @@
 
 namespace latte::cuda {
 
-template void launch_attention<float>(AttentionKernel, const AttentionArgs&, int64_t, void*);
+template void launch_attention<float>(AttentionKernel, const AttentionArgs&, int, int64_t, void*);
 
 }  // namespace latte::cuda

@@ -14,11 +14,11 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   using Product = typename Shape::Product;
   const Work w = find_work<Shape>(a, a.heads);
   const SharedMemory<Shape> m;
-  const Slice q = slice_of(a.q, w, w.head, 0, a.latents);
-  const Target y(slice_of(a.y, w, w.head, w.channel, a.dim));
+  const Slice q = slice_of(a.q, w, w.head, w.latent, a.latents);
+  const Target y(slice_of(a.y, w, w.head, w.channel, a.dim, w.latent / Shape::L));
   const auto load = [&](int64_t chunk) {
     const int64_t t = chunk * kChunk;
-    load_rows<E, Shape::L>(m.stage(chunk % Shape::kStages).q, q, t,
+    load_rows<E, Shape::L>(m.stage(stage_of(chunk, a.stages)).q, q, t,
                            [&](int row) { return t + row < w.tokens; });
     async_copy_commit();
   };
@@ -27,21 +27,16 @@ __global__ void __launch_bounds__(kAttentionThreads, 2)
   if (chunks > 0) load(0);
   for (int i = threadIdx.x; i < Shape::L * Shape::D; i += kAttentionThreads) {
     const int l = i / Shape::D, d = i % Shape::D;
-    const bool there = l < a.latents && w.channel + d < a.dim;
+    const int latent = w.latent + l, channel = w.channel + d;
+    const bool there = latent < a.latents && channel < a.dim;
     const float mean =
-        there ? *a.initial.mean.at<float>(w.sequence, w.kv_head, l, w.channel + d) : 0;
+        there ? *a.initial.mean.at<float>(w.sequence, w.kv_head, latent, channel) : 0;
     m.state()[l * Shape::kStateStride + d] =
         from_compute<typename Shape::Factor>(Product::rounded(mean));
   }
-  walk_chunks<Shape::kStages>(chunks, load, [&](int64_t c) {
-    QueryRows<Shape> rows(m.stage(c % Shape::kStages), logits_of(a, w));
-    rows.divide([](int) {
-      Tile ones;
-      for_each_element(ones, [](int, int, float& x) { x = 1; });
-      return ones;
-    });
-    rows.add_state(m);
-    rows.store(y, c * kChunk, w.tokens - c * kChunk);
+  walk_chunks(chunks, a.stages, load, [&](int64_t c) {
+    const Stage<Shape> s = m.stage(stage_of(c, a.stages));
+    QueryRows<Shape>(m, s, a, w, c * kChunk).write(y);
     __syncthreads();
   });
 }

@@ -17,18 +17,18 @@ class CausalBlock {
       : a_(a),
         w_(w),
         logits_(logits_of(a, w)),
-        q_(slice_of(a.q, w, w.head, 0, a.latents)),
-        k_(slice_of(a.k, w, w.kv_head, 0, a.latents)),
+        q_(slice_of(a.q, w, w.head, w.latent, a.latents)),
+        k_(slice_of(a.k, w, w.kv_head, w.latent, a.latents)),
         v_(slice_of(a.v, w, w.kv_head, w.channel, a.dim)),
-        y_(slice_of(a.y, w, w.head, w.channel, a.dim)) {}
+        y_(slice_of(a.y, w, w.head, w.channel, a.dim, w.latent / Shape::L)) {}
 
   __device__ __forceinline__ void run() {
     const int64_t chunks = ceil_div(w_.tokens, kChunk);
     if (chunks > 0) load(0);
     state_.load(m_, a_.initial, a_, state_number(a_, w_, a_.initial_of_part), w_);
-    walk_chunks<Shape::kStages>(
-        chunks, [&](int64_t c) { load(c); },
-        [&](int64_t c) { walk(c * kChunk, m_.stage(c % Shape::kStages)); });
+    walk_chunks(
+        chunks, a_.stages, [&](int64_t c) { load(c); },
+        [&](int64_t c) { walk(c * kChunk, m_.stage(stage_of(c, a_.stages))); });
     if (!writes_state()) return;
     __syncthreads();
     state_.store(m_, a_.final, a_, state_number(a_, w_, a_.final_of_part), w_);
@@ -43,7 +43,7 @@ class CausalBlock {
   }
   __device__ __forceinline__ void load(int64_t chunk) const {
     const int64_t t = chunk * kChunk;
-    const Stage<Shape> s = m_.stage(chunk % Shape::kStages);
+    const Stage<Shape> s = m_.stage(stage_of(chunk, a_.stages));
     load_keys(s, k_, v_, t, a_, w_);
     if constexpr (Shape::kHasQueries)
       load_rows<E, Shape::L>(s.q, q_, t, [&](int row) { return t + row < w_.tokens; });
@@ -61,11 +61,7 @@ class CausalBlock {
     if constexpr (Shape::kHasQueries) {
       state_.share(m_);
       __syncthreads();
-      QueryRows<Shape> rows(s, logits_);
-      rows.divide([&](int i) { return rows.causal_normaliser(m_, s, i); });
-      rows.add_state(m_);
-      rows.add_chunk(m_, s);
-      rows.store(y_, t, w_.tokens - t);
+      QueryRows<Shape>(m_, s, a_, w_, t).write(y_);
     } else {
       __syncthreads();
     }
@@ -93,9 +89,10 @@ class CausalBlock {
     float* const sums = m_.row_sums();
     for (int i = threadIdx.x; i < 4 * Shape::D; i += kAttentionThreads) sums[i] = 0;
     const auto logit = [&](int l) { return a_.scale * to_compute(q[l]); };
-    const RowSoftmax p = row_softmax(a_.latents, logit);
+    const int latents = static_cast<int>(least(Shape::L, logits_.latents));
+    const RowSoftmax p = row_softmax(a_, w_, t, latents, logit);
     for_own_latents<Shape>([&](int l) {
-      const float norm = l < a_.latents ? m_.norm()[l] : 0;
+      const float norm = l < latents ? m_.norm()[l] : 0;
       m_.largest()[l] = norm > 0 ? p(logit(l)) / norm : 0;
     });
     __syncthreads();

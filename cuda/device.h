@@ -48,7 +48,6 @@ using CallSite = emulation::CallSite;
 
 // What launch planning may depend on.
 struct DeviceLimits {
-  int multiprocessors;
   int shared_bytes;  // dynamic, per block
 };
 
@@ -57,14 +56,12 @@ inline DeviceLimits device_limits() {
   int device = 0;
   DeviceLimits limits{};
   check(cudaGetDevice(&device), "no current device");
-  check(cudaDeviceGetAttribute(&limits.multiprocessors, cudaDevAttrMultiProcessorCount, device),
-        "number of multiprocessors");
   check(
       cudaDeviceGetAttribute(&limits.shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
       "shared memory per block");
   return limits;
 #else
-  return {emulation::options().multiprocessors, 227 * 1024};  // sm_90
+  return {emulation::options().shared_bytes};
 #endif
 }
 

@@ -54,6 +54,12 @@ struct Type {
   using type = S;
 };
 
+template <class E>
+inline constexpr DType kDType = std::is_same_v<E, __nv_bfloat16> ? DType::bfloat16
+                                : std::is_same_v<E, __half>      ? DType::float16
+                                : std::is_same_v<E, float>       ? DType::float32
+                                                                 : DType::float64;
+
 // Calls f(Type<S>()) on the host, S the type of a dtype's elements.
 template <class F>
 void with_type(DType dtype, F f) {

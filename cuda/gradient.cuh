@@ -27,7 +27,6 @@ struct GradientArgs : AttentionArgs {
   int padded = 0;
   bool whole = true;  // dq has all of L and D; else it receives p dp
   View d_log_sum;     // optional (B,H,T)
-  View softmax;       // (B,H,T,2), of q's rows: maximum and 1 / sum; absent where L is one slice
   // The running maximum before every chunk, (chunks,heads,L) where `border_chunks` belong to a
   // batch and one more to every part.
   float* borders = nullptr;
@@ -68,13 +67,6 @@ __device__ __forceinline__ void store_gradient(StateTiles<Shape>& sum, const flo
     if (w.latent + l < a.latents && w.channel + d < a.dim)
       *to.sum.at<float>(n, w.head, w.latent + l, w.channel + d) = x;
   });
-}
-
-// The part of a triangle of ones that lies in a tile.
-__device__ __forceinline__ Tile triangle(int row, int column) {
-  Tile tile;
-  for_each_element(tile, [&](int i, int j, float& x) { x = column + j <= row + i; });
-  return tile;
 }
 
 }  // namespace latte::cuda

@@ -109,17 +109,17 @@ class KeyGradientRows {
   // r dp of the own and all later rows of the chunk.
   __device__ __forceinline__ void subtract_products(Tile& sum, int i) const {
     if constexpr (Shape::kHasFactors) {
-#pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
-        const int row = 16 * n;
-        if (row < row_) continue;
-        Tile later;
-        for_each_element(later,
-                         [&](int key, int t, float& x) { x = row_ + key <= row + t ? -1 : 0; });
-        Product::multiply(sum, Product::left(later),
-                          Product::right_rows(s_.product + row * Shape::kWeightStride + 16 * i,
-                                              Shape::kWeightStride));
-      }
+      const auto product = [&](int row) {
+        return Product::right_rows(s_.product + row * Shape::kWeightStride + 16 * i,
+                                   Shape::kWeightStride);
+      };
+      Tile own, later;
+      for_each_element(own, [](int key, int t, float& x) { x = key <= t ? -1 : 0; });
+      for_each_element(later, [](int, int, float& x) { x = -1; });
+      Product::multiply(sum, Product::left(own), product(row_));
+#pragma unroll 1
+      for (int row = row_ + 16; row < kChunk; row += 16)
+        Product::multiply(sum, Product::left(later), product(row));
     }
   }
 
@@ -160,9 +160,9 @@ class KeyGradientBlock {
             there ? *a_.initial.max.at<float>(w_.sequence, w_.kv_head, w_.latent + l) : -kInfinity;
       });
     }
-    const auto stage = [](int64_t i) { return static_cast<int>(i % Shape::kStages); };
-    walk_chunks<Shape::kStages>(
-        chunks, [&](int64_t i) { load(chunks - 1 - i, stage(i)); },
+    const auto stage = [&](int64_t i) { return stage_of(i, a_.stages); };
+    walk_chunks(
+        chunks, a_.stages, [&](int64_t i) { load(chunks - 1 - i, stage(i)); },
         [&](int64_t i) { walk(chunks - 1 - i, m_.stage(stage(i))); });
     if (a_.front.present() && w_.part == 0)
       store_gradient(sum_, m_.norm(), a_.front, a_, w_.sequence, w_);

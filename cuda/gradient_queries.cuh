@@ -23,24 +23,24 @@ class QueryGradientRows {
   static constexpr int kLatentTiles = Shape::L / 16, kDimTiles = Shape::D / 16;
   static constexpr int kRowTiles = kChunk / 16;
 
-  // dp waits for the sum over its row: in registers, or where they are short in the place of dy.
-  // Registers hold S and dS, or the rows: with both sums, rows are finished elsewhere.
-  enum class Kept { registers, in_place, nowhere };
-  static constexpr Kept kKept = !Shape::kHasKeys ? Kept::registers
-                                : Shape::kHasSum ? Kept::nowhere
-                                : sizeof(typename Shape::Element) == sizeof(float)
-                                    ? Kept::in_place
-                                    : Kept::registers;
+  // dp waits for the sum over its row. Registers hold S and dS, or the rows: with both sums, rows
+  // are finished elsewhere.
+  enum class Kept { registers, shared, nowhere };
+  static constexpr Kept kKept = Shape::kHasSlopes                   ? Kept::shared
+                                : Shape::kHasKeys && Shape::kHasSum ? Kept::nowhere
+                                                                    : Kept::registers;
   static constexpr int kUnrolled = kKept == Kept::registers ? kLatentTiles : 1;
-  static_assert(Shape::L <= Shape::D, "dp takes the place of dy");
+  // dy is read again where registers hold no more than the scores beside the state.
+  static constexpr bool kReads = Product::kExact && Shape::kHasKeys;
+  static constexpr int kChannelsUnrolled = kReads ? 1 : kDimTiles;
 
   __device__ __forceinline__ QueryGradientRows(const SharedMemory<Shape>& m, const Stage<Shape>& s,
                                                const GradientArgs& a, const Work& w, int64_t t)
       : m_(m), s_(s), a_(a), w_(w), form_(logits_of(a, w)), row_(warp_id() * 16), t_(t + row_) {
+    if constexpr (!kReads)
 #pragma unroll
-    for (int j = 0; j < kDimTiles; ++j)
-      dy_[j] = Product::left_rows(s.dy + row_ * Shape::kDStride + 16 * j, Shape::kDStride);
-    a.softmax.data ? read_softmax() : find_softmax();
+      for (int j = 0; j < kDimTiles; ++j) dy_[j] = read_dy(j);
+    a.softmax.data ? load_softmax(a, w, t_, max_, inverse_sum_) : find_softmax();
     if constexpr (Shape::kHasKeys) find_scores();
   }
 
@@ -48,8 +48,6 @@ class QueryGradientRows {
     const int64_t rows = w_.tokens - t_;
     Tile kept[kKept == Kept::registers ? kLatentTiles : 1];
     float along[2] = {};
-    // Other lanes have read the rows of dy.
-    if constexpr (kKept == Kept::in_place) __syncwarp();
 #pragma unroll kUnrolled
     for (int i = 0; i < kLatentTiles; ++i) {
       Tile p = probabilities(i), r, product, dp;
@@ -76,6 +74,16 @@ class QueryGradientRows {
   }
 
  private:
+  __device__ __forceinline__ Left read_dy(int j) const {
+    return Product::left_rows(s_.dy + row_ * Shape::kDStride + 16 * j, Shape::kDStride);
+  }
+  __device__ __forceinline__ Left dy(int j) const {
+    if constexpr (kReads) {
+      return read_dy(j);
+    } else {
+      return dy_[j];
+    }
+  }
   __device__ __forceinline__ Tile logits(int i) const {
     Tile q = load_tile(s_.q + row_ * Shape::kLStride + 16 * i, Shape::kLStride);
     for_each_element(q, [&](int, int l, float& x) {
@@ -118,19 +126,6 @@ class QueryGradientRows {
       inverse_sum_[r] = sum[r] > 0 ? 1 / sum[r] : 0;
     }
   }
-  __device__ __forceinline__ void read_softmax() {
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const int64_t t = t_ + tile_row(2 * r);
-      const bool there = t < w_.tokens;
-      max_[r] = inverse_sum_[r] = 0;
-      if (!there) continue;
-      max_[r] = load_softmax(w_.first + t, 0), inverse_sum_[r] = load_softmax(w_.first + t, 1);
-    }
-  }
-  __device__ __forceinline__ float load_softmax(int64_t t, int i) const {
-    return global_load(a_.softmax.template at<float>(w_.batch, w_.head, t, i));
-  }
 
   // tril(dy v^T).
   __device__ __forceinline__ void find_scores() {
@@ -139,10 +134,10 @@ class QueryGradientRows {
       const int row = 16 * n;
       if (row > row_) continue;
       Tile score;
-#pragma unroll
+#pragma unroll kChannelsUnrolled
       for (int j = 0; j < kDimTiles; ++j)
         Product::multiply(
-            score, dy_[j],
+            score, dy(j),
             Product::right_columns(s_.v + row * Shape::kDStride + 16 * j, Shape::kDStride));
       if (row == row_)
         for_each_element(score, [](int t, int key, float& x) { x = key <= t ? x : 0; });
@@ -152,23 +147,23 @@ class QueryGradientRows {
 
   // r = p / Z and dp, of latents 16 i and on. Empty latents give 0.
   __device__ __forceinline__ void divide(int i, const Tile& p, Tile& r, Tile& dp) const {
-    Tile z;
-    for_each_element(z, [&](int, int l, float& x) { x = m_.norm()[16 * i + l]; });
-#pragma unroll
+#pragma unroll kChannelsUnrolled
     for (int j = 0; j < kDimTiles; ++j)
-      Product::multiply(dp, dy_[j],
+      Product::multiply(dp, dy(j),
                         Product::right_columns(m_.state() + 16 * i * Shape::kStateStride + 16 * j,
                                                Shape::kStateStride));
+    Tile z;
     if constexpr (Shape::kHasKeys) {
 #pragma unroll
-      for (int n = 0; n < kRowTiles; ++n) {
-        const int row = 16 * n;
-        if (row > row_) continue;
-        const auto w = Product::right_rows(m_.weights(s_) + row * Shape::kWeightStride + 16 * i,
-                                           Shape::kWeightStride);
-        Product::multiply(z, Product::left(triangle(row_, row)), w);
-        Product::multiply(dp, scores_[n], w);
-      }
+      for (int n = 0; n < kRowTiles; ++n)
+        if (16 * n <= row_)
+          Product::multiply(
+              dp, scores_[n],
+              Product::right_rows(m_.weights(s_) + 16 * n * Shape::kWeightStride + 16 * i,
+                                  Shape::kWeightStride));
+      z = find_normalisers(m_, s_, row_, i);
+    } else {
+      for_each_element(z, [&](int, int l, float& x) { x = m_.norm()[16 * i + l]; });
     }
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
@@ -183,13 +178,14 @@ class QueryGradientRows {
   template <int kCount>
   __device__ __forceinline__ void keep(Tile (&kept)[kCount], int i, const Tile& dp) const {
     if constexpr (kKept == Kept::registers) kept[i] = dp;
-    if constexpr (kKept == Kept::in_place)
-      share_tile<Product>(s_.dy + row_ * Shape::kDStride + 16 * i, Shape::kDStride, dp);
+    if constexpr (kKept == Kept::shared)
+      share_tile<Product>(m_.slopes() + row_ * Shape::kWeightStride + 16 * i, Shape::kWeightStride,
+                          dp);
   }
   template <int kCount>
   __device__ __forceinline__ Tile kept_tile(const Tile (&kept)[kCount], int i) const {
     if constexpr (kKept == Kept::registers) return kept[i];
-    return load_tile(s_.dy + row_ * Shape::kDStride + 16 * i, Shape::kDStride);
+    return load_tile(m_.slopes() + row_ * Shape::kWeightStride + 16 * i, Shape::kWeightStride);
   }
 
   template <int kCount>
@@ -236,7 +232,7 @@ class QueryGradientRows {
   const int row_;
   const int64_t t_;
   float max_[2], inverse_sum_[2];
-  Left dy_[kDimTiles], scores_[kRowTiles];
+  Left dy_[kReads ? 1 : kDimTiles], scores_[kRowTiles];
 };
 
 template <class Shape>
@@ -265,9 +261,9 @@ class QueryGradientBlock {
     if constexpr (!Shape::kHasKeys) state_.share(m_);
     if constexpr (Shape::kHasSum)
       for_own_latents<Shape>([&](int l) { start_ = m_.maximum()[l], m_.share()[l] = 1; });
-    walk_chunks<Shape::kStages>(
-        chunks, [&](int64_t c) { load(c); },
-        [&](int64_t c) { walk(c, m_.stage(static_cast<int>(c % Shape::kStages))); });
+    walk_chunks(
+        chunks, a_.stages, [&](int64_t c) { load(c); },
+        [&](int64_t c) { walk(c, m_.stage(stage_of(c, a_.stages))); });
     __syncthreads();
     if constexpr (Shape::kHasSum) store_sum();
     if constexpr (Shape::kHasKeys)
@@ -278,7 +274,7 @@ class QueryGradientBlock {
  private:
   __device__ __forceinline__ void load(int64_t chunk) const {
     const int64_t t = chunk * kChunk;
-    const Stage<Shape> s = m_.stage(static_cast<int>(chunk % Shape::kStages));
+    const Stage<Shape> s = m_.stage(stage_of(chunk, a_.stages));
     const auto is_token = [&](int row) { return t + row < w_.tokens; };
     if constexpr (Shape::kHasKeys) load_keys(s, k_, v_, t, a_, w_);
     load_rows<E, Shape::L>(s.q, q_, t, is_token);
@@ -358,13 +354,7 @@ class QueryGradientBlock {
   __device__ __forceinline__ void store_row(int64_t t, const E* q) {
     const auto logit = [&](int l) { return form_.scale * to_compute(q[l]); };
     const int latents = static_cast<int>(least(Shape::L, form_.latents));
-    RowSoftmax p;
-    if (a_.softmax.data) {
-      const float* const row = a_.softmax.template at<float>(w_.batch, w_.head, w_.first + t);
-      p = {global_load(row), global_load(row + 1)};
-    } else {
-      p = row_softmax(latents, logit);
-    }
+    const RowSoftmax p = row_softmax(a_, w_, t, latents, logit);
     float along = 0;
     for (int l = lane_id(); l < latents; l += 32) along += p(logit(l)) * m_.largest()[l];
     along = across_warp(along, [](float x, float y) { return x + y; });

@@ -9,12 +9,7 @@
 
 namespace latte::cuda {
 
-// What a kernel has in shared memory, added up: keys and values, queries, dy, the factors of the
-// backward pass (gradient.cuh), a state or its gradient, and the sum of a gradient.
-enum Contents : int { kKeys = 1, kQueries = 2, kOutputs = 4, kFactors = 8, kState = 16, kSum = 32 };
-
-// Sizes of a kernel with these contents as elements E, of kLatents latents and a slice of kDim
-// channels.
+// A kernel of elements E with these contents, of kLatents latents and a slice of kDim channels.
 template <class E, int kLatents, int kDim, int kContents>
 struct KernelShape {
   using Element = E;
@@ -24,27 +19,10 @@ struct KernelShape {
   static constexpr bool kHasKeys = kContents & kKeys, kHasQueries = kContents & kQueries;
   static constexpr bool kHasOutputs = kContents & kOutputs, kHasFactors = kContents & kFactors;
   static constexpr bool kHasState = kContents & kState, kHasSum = kContents & kSum;
+  static constexpr bool kHasSlopes = kContents & kSlopes;
   static constexpr int kLStride = L + kPadding<E>, kDStride = D + kPadding<E>;
   static constexpr int kWeightStride = L + kPadding<Factor>, kStateStride = D + kPadding<Factor>;
-  // Weights take the place of keys of their size.
-  static constexpr bool kInPlace = sizeof(E) == sizeof(Factor);
-
-  static constexpr int64_t kLatentBytes = kChunk * kLStride * sizeof(E);
-  static constexpr int64_t kDimBytes = kChunk * kDStride * sizeof(E);
-  static constexpr int64_t kFactorBytes = kChunk * kWeightStride * sizeof(Factor);
-  static constexpr int64_t kStageBytes = kHasQueries * kLatentBytes +
-                                         kHasKeys * (kLatentBytes + kDimBytes + kChunk) +
-                                         kHasOutputs * kDimBytes + kHasFactors * 2 * kFactorBytes;
-  static constexpr int64_t kWeightBytes = (kHasKeys && !kInPlace) * kFactorBytes;
-  static constexpr int64_t kSpreadBytes = kHasSum * kFactorBytes;
-  static constexpr int64_t kStateBytes = kHasState * L * kStateStride * sizeof(Factor);
-  // Four numbers per latent, two per warp and latent, one per warp and channel; of a sum one more
-  // per latent.
-  static constexpr int64_t kBookBytes =
-      ((kHasKeys || kHasOutputs) * (12 * L + 4 * D) + kHasSum * L) * sizeof(float);
-  static constexpr int64_t kOtherBytes = kWeightBytes + kSpreadBytes + kStateBytes + kBookBytes;
-  static constexpr int kStages = stages(kStageBytes, kOtherBytes);
-  static constexpr int64_t kSharedBytes = kStages * kStageBytes + kOtherBytes;
+  static constexpr SharedBytes kBytes = shared_bytes({sizeof(E), sizeof(Factor)}, L, D, kContents);
 };
 
 // The inputs of a chunk.
@@ -66,34 +44,35 @@ struct SharedMemory {
   unsigned char* base = shared_memory();
 
   __device__ __forceinline__ Stage<Shape> stage(int i) const {
-    unsigned char* p = base + i * Shape::kStageBytes;
+    unsigned char* p = base + Shape::kBytes.other() + i * Shape::kBytes.stage;
     Stage<Shape> s;
-    s.q = reinterpret_cast<E*>(p), p += Shape::kHasQueries * Shape::kLatentBytes;
-    s.k = reinterpret_cast<E*>(p), p += Shape::kHasKeys * Shape::kLatentBytes;
-    s.v = reinterpret_cast<E*>(p), p += Shape::kHasKeys * Shape::kDimBytes;
-    s.dy = reinterpret_cast<E*>(p), p += Shape::kHasOutputs * Shape::kDimBytes;
-    s.r = reinterpret_cast<Factor*>(p), p += Shape::kHasFactors * Shape::kFactorBytes;
-    s.product = reinterpret_cast<Factor*>(p), p += Shape::kHasFactors * Shape::kFactorBytes;
+    s.q = reinterpret_cast<E*>(p), p += Shape::kHasQueries * Shape::kBytes.latent_rows;
+    s.k = reinterpret_cast<E*>(p), p += Shape::kHasKeys * Shape::kBytes.latent_rows;
+    s.v = reinterpret_cast<E*>(p), p += Shape::kHasKeys * Shape::kBytes.channel_rows;
+    s.dy = reinterpret_cast<E*>(p), p += Shape::kHasOutputs * Shape::kBytes.channel_rows;
+    s.r = reinterpret_cast<Factor*>(p), p += Shape::kHasFactors * Shape::kBytes.factor_rows;
+    s.product = reinterpret_cast<Factor*>(p), p += Shape::kHasFactors * Shape::kBytes.factor_rows;
     s.used = reinterpret_cast<bool*>(p);
     return s;
   }
   __device__ __forceinline__ Factor* weights(const Stage<Shape>& s) const {
-    if constexpr (Shape::kInPlace) return reinterpret_cast<Factor*>(s.k);
-    return reinterpret_cast<Factor*>(base + Shape::kStages * Shape::kStageBytes);
+    if constexpr (Shape::kBytes.weights == 0) return reinterpret_cast<Factor*>(s.k);
+    return reinterpret_cast<Factor*>(base);
   }
   // Factors of a sum.
   __device__ __forceinline__ Factor* spread() const {
-    return reinterpret_cast<Factor*>(base + Shape::kStages * Shape::kStageBytes +
-                                     Shape::kWeightBytes);
+    return reinterpret_cast<Factor*>(base + Shape::kBytes.weights);
+  }
+  __device__ __forceinline__ Factor* slopes() const {
+    return reinterpret_cast<Factor*>(base + Shape::kBytes.weights + Shape::kBytes.spread);
   }
   __device__ __forceinline__ Factor* state() const {
-    return reinterpret_cast<Factor*>(base + Shape::kStages * Shape::kStageBytes +
-                                     Shape::kWeightBytes + Shape::kSpreadBytes);
+    return reinterpret_cast<Factor*>(base + Shape::kBytes.weights + Shape::kBytes.spread +
+                                     Shape::kBytes.slopes);
   }
   // Per latent.
   __device__ __forceinline__ float* maximum() const {
-    return reinterpret_cast<float*>(base + Shape::kStages * Shape::kStageBytes +
-                                    Shape::kWeightBytes + Shape::kSpreadBytes + Shape::kStateBytes);
+    return reinterpret_cast<float*>(base + Shape::kBytes.other() - Shape::kBytes.books);
   }
   __device__ __forceinline__ float* norm() const { return maximum() + L; }
   __device__ __forceinline__ float* frame() const { return maximum() + 2 * L; }
@@ -241,6 +220,25 @@ __device__ __forceinline__ void find_weights(const SharedMemory<Shape>& m, const
     }
   }
   columns.reduce(sum, m.largest(), [](float x, float y) { return x + y; });
+}
+
+// The normalisers of a warp's 16 rows from row `row` on, of latents 16 i and on: the norm before
+// the chunk, sums of the weights of the warps before, and as a product with a triangle of ones the
+// own weights up to each row, which leaves them where rows need them.
+template <class Shape>
+__device__ __forceinline__ Tile find_normalisers(const SharedMemory<Shape>& m,
+                                                 const Stage<Shape>& s, int row, int i) {
+  using Product = typename Shape::Product;
+  Tile z, triangle;
+  for_each_element(z, [&](int, int l, float& x) {
+    x = m.norm()[16 * i + l];
+    for (int w = 0; w < row / 16; ++w) x += m.largest()[w * Shape::L + 16 * i + l];
+  });
+  for_each_element(triangle, [](int t, int key, float& x) { x = key <= t; });
+  Product::multiply(z, Product::left(triangle),
+                    Product::right_rows(m.weights(s) + row * Shape::kWeightStride + 16 * i,
+                                        Shape::kWeightStride));
+  return z;
 }
 
 // Norm and maximum move to the frame, without the chunk.

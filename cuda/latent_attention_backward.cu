@@ -2,9 +2,9 @@
 // The backward pass: states before the parts of every sequence, the walk of the queries, gradients
 // behind the parts, the walk of the keys, and sums of what slices and heads left.
 #include "cuda/attention_call.h"
+#include "cuda/attention_rows.h"
 #include "cuda/gradient_fold.cuh"
 #include "cuda/gradient_launch.h"
-#include "cuda/gradient_rows.cuh"
 #include "latte/cuda.h"
 
 namespace latte::cuda {
@@ -12,41 +12,31 @@ namespace {
 
 constexpr const char* kOp = "latent_attention_backward";
 
-// Slices and parts, by shape and type alone.
+// Slices and parts, by shape, type and the device's shared memory.
 struct GradientSizes {
   int latents;  // of a block
   int slices, latent_slices;
   int parts;  // of a sequence
 
-  GradientSizes(const Problem& p, bool causal) {
-    latents = gradient_latents(p.latents);
+  GradientSizes(const Problem& p, DType kernel_type, int64_t limit, bool causal) {
+    latents = gradient_latents(p.latents, kernel_type, limit);
     slices = static_cast<int>(ceil_div(p.dim, kGradientChannels));
     latent_slices = static_cast<int>(ceil_div(p.latents, latents));
     const int64_t blocks = p.sequences * p.heads * slices * latent_slices;
-    parts = static_cast<int>(causal ? causal_segments(blocks, p.tokens)
-                                    : token_parts(blocks, p.tokens));
-  }
-};
-
-// Dense partial sums (B,heads,count,T,C).
-struct Partials {
-  float* data = nullptr;
-  int count = 1;
-
-  void place(Workspace& workspace, int64_t count_of_each, int64_t elements) {
-    count = static_cast<int>(count_of_each);
-    if (count > 1) data = workspace.take<float>(elements * count);
+    parts = static_cast<int>(causal ? causal_segments(blocks, p.tokens, tuning())
+                                    : token_parts(blocks, p.tokens, tuning()));
   }
 };
 
 class BackwardPlan {
  public:
-  explicit BackwardPlan(const LatentAttentionBackward& p)
+  BackwardPlan(const LatentAttentionBackward& p, int64_t limit)
       : p_(p),
         problem_(validate(p, Memory::device)),
         type_(kernel_type_of({p.q.dtype, p.k.dtype, p.v.dtype, p.dy.dtype})),
-        sizes_(problem_, p.causal),
-        states_(kOp, attention_args(p, problem_, type_), type_, problem_, p.causal, sizes_.parts) {
+        sizes_(problem_, type_, limit, p.causal),
+        states_(kOp, attention_args(p, problem_, type_), type_, problem_,
+                ForwardSlices(problem_, type_, limit), p.causal, sizes_.parts) {
     check_limits(kOp, problem_);
     static_cast<AttentionArgs&>(args_) = attention_args(p, problem_, type_);
     args_.dy = input_rows(p.dy, type_);
@@ -101,8 +91,7 @@ class BackwardPlan {
   void place_factors(Workspace& workspace) {
     const Problem& p = problem_;
     if (sizes_.latent_slices > 1)
-      args_.softmax = {workspace.take<float>(2 * rows()),
-                       {2 * p.heads * p.tokens, 2 * p.tokens, 2, 1}};
+      args_.softmax = take_softmax(workspace, p.batch, p.heads, p.tokens);
     if (!p_.causal) return;
     args_.padded = static_cast<int>(round_up(p.latents, 8));
     args_.r = take_factors(workspace, 1);
@@ -142,14 +131,8 @@ class BackwardPlan {
     products_ = workspace.take<float>(rows() * p.latents * sizes_.slices);
     args_.dq = dense(products_, p.latents, sizes_.slices);
   }
-  // (B,H,count,T,channels).
   HeadRows dense(float* data, int64_t channels, int64_t count) const {
-    const int64_t plane = problem_.tokens * channels, head = count * plane;
-    HeadRows out{data, DType::float32};
-    out.stride_b = problem_.heads * head, out.stride_h = head;
-    out.stride_t = channels, out.stride_c = 1;
-    out.vectors = channels % 4 == 0, out.stride_partial = plane;
-    return out;
+    return partial_rows(data, problem_.heads, problem_.tokens, channels, count);
   }
 
   void launch(GradientKernel kernel, const GradientArgs& a, void* stream) const {
@@ -159,18 +142,18 @@ class BackwardPlan {
       launch_gradient<typename decltype(type)::type>(kernel, a, sizes_.latents, blocks, stream);
     });
   }
-  void launch_rows(void (*kernel)(RowArgs), void* stream) const {
+  RowArgs row_args() const {
     RowArgs a;
     a.q = args_.q, a.dq = head_rows(p_.dq, false);
     a.partial = products_, a.count = sizes_.slices;
     a.softmax = args_.softmax, a.d_log_sum = args_.d_log_sum;
     a.heads = problem_.heads, a.tokens = problem_.tokens, a.rows = rows();
     a.latents = args_.latents, a.scale = args_.scale;
-    launch_blocks(kOp, kernel, ceil_div(a.rows, kRowThreads / 32), kRowThreads, 0, stream, a);
+    return a;
   }
 
   void walk_queries(const GradientArgs& a, void* stream) const {
-    if (a.softmax.data) launch_rows(query_softmax, stream);
+    if (a.softmax.data) launch_query_softmax(kOp, row_args(), stream);
     launch(!p_.causal       ? GradientKernel::bidirectional_queries
            : sums_queries() ? GradientKernel::causal_query_sums
                             : GradientKernel::causal_queries,
@@ -192,18 +175,10 @@ class BackwardPlan {
                   kGradientThreads, kFoldShared, stream, f);
   }
 
-  void sum(const Tensor& to, const Partials& partials, void* stream) const {
-    if (partials.count == 1) return;
-    PartialSumArgs a;
-    a.to = head_rows(to, false), a.partial = partials.data, a.count = partials.count;
-    a.heads = to.shape[1], a.tokens = to.shape[2], a.channels = to.shape[3];
-    a.elements = to.shape[0] * a.heads * a.tokens * a.channels;
-    launch_blocks(kOp, sum_partials, ceil_div(a.elements, kRowThreads), kRowThreads, 0, stream, a);
-  }
   void finish(void* stream) const {
-    if (!args_.whole) launch_rows(finish_queries, stream);
-    sum(p_.dk, dk_, stream);
-    sum(p_.dv, dv_, stream);
+    if (!args_.whole) launch_finish_queries(kOp, row_args(), stream);
+    dk_.sum(kOp, p_.dk, stream);
+    dv_.sum(kOp, p_.dv, stream);
     if (!args_.front.present()) return;
     InitialGradientArgs a;
     a.front = args_.front, a.initial = view_of(p_.initial);
@@ -229,12 +204,12 @@ class BackwardPlan {
 }  // namespace
 
 int64_t workspace_bytes(const LatentAttentionBackward& params) {
-  return workspace_of(BackwardPlan(params));
+  return workspace_of_any<BackwardPlan>(params);
 }
 
 void latent_attention_backward(const LatentAttentionBackward& params, void* workspace,
                                void* stream) {
-  run_plan(kOp, BackwardPlan(params), workspace, stream);
+  run_plan(kOp, BackwardPlan(params, device_limits().shared_bytes), workspace, stream);
 }
 
 }  // namespace latte::cuda

@@ -43,6 +43,7 @@ class BackwardPlan {
   }
 
   void run(void* stream) const {
+    window_.check_device(kOp);
     window_.run_rows(stream);
     if (problem_.latents > 0) latent_attention_backward(latent_, memory_, stream);
     window_.run_window(stream);

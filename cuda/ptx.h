@@ -59,7 +59,9 @@ __device__ __forceinline__ void mma_m16n8k8_tf32(
 __device__ __forceinline__ uint32_t to_tf32(float x) {
 #ifdef __CUDACC__
   uint32_t result;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
+  // Volatile: a loop would keep the converted halves of all operands that it does not change, which
+  // are twice as many registers as the operands.
+  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(result) : "f"(x));
   return result;
 #else
   const uint32_t bits = __float_as_uint(x);

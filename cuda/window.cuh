@@ -29,6 +29,7 @@ struct WindowArgs {
   bool causal = true;
   float scale = 1, softcap = 0;  // softcap 0: none
   int pieces = 1, slices = 1;    // of the queries of sinks; of the channels of dk and dv
+  int stages = 1;
 };
 
 // The queries of a sequence, and the first row that a block owns of these or of the keys.
@@ -141,25 +142,29 @@ struct WindowShape {
   // Slopes of float16 do not fit in float16.
   using Product = typename ProductOf<E>::type;
   static constexpr int C = kChannels, kStride = C + kPadding<E>;
-  static constexpr int64_t kRowBytes = kStride * sizeof(E);
-  static constexpr int64_t kOwnBytes = kOwned * kOwnRows * kRowBytes;
-  // Three numbers and a flag per streamed row, with room for 16-byte alignment.
-  static constexpr int64_t kBookBytes = 16;
-  static constexpr int kStreamed = streamed_rows(kOwnBytes, 2 * kRowBytes + kBookBytes);
-  static constexpr int64_t kStageBytes = kStreamed * (2 * kRowBytes + kBookBytes);
-  static constexpr int kStages = stages(kStageBytes, kOwnBytes);
-  static constexpr int64_t kSharedBytes = kOwnBytes + kStages * kStageBytes;
+  static constexpr WindowBytes kBytes = window_bytes(sizeof(E), C, kOwned);
+  static constexpr int kStreamed = kBytes.streamed;
   // Steps of 16 channels whose operands are on their way together, where registers allow: three
   // products of float32 are work enough for one, and 256 channels fill the registers.
   static constexpr int kUnroll = Scores::kExact || C == 256 ? 1 : 2;
 };
 
+// What is known of a streamed row: of a query, or whether it is a key to be seen.
+struct StreamedRow {
+  float log_sum, delta, share;
+  bool used;
+};
+static_assert(sizeof(StreamedRow) <= kRowPadding);
+
 template <class Shape>
 struct WindowStage {
   using E = typename Shape::Element;
-  E *first, *second;               // keys and values, or queries and gradients of their outputs
-  float *log_sum, *delta, *share;  // of streamed queries
-  bool* used;                      // of streamed keys
+  E *first, *second;  // keys and values, or queries and gradients of their outputs
+
+  // In the padding behind the row's channels.
+  __device__ __forceinline__ StreamedRow& row(int i) const {
+    return *reinterpret_cast<StreamedRow*>(first + i * Shape::kStride + Shape::C);
+  }
 };
 
 template <class Shape>
@@ -170,17 +175,9 @@ struct WindowMemory {
   __device__ __forceinline__ E* own(int i = 0) const {
     return reinterpret_cast<E*>(base) + i * kOwnRows * Shape::kStride;
   }
-  __device__ __forceinline__ WindowStage<Shape> stage(int64_t i) const {
-    unsigned char* const p =
-        base + Shape::kOwnBytes + static_cast<int>(i % Shape::kStages) * Shape::kStageBytes;
-    WindowStage<Shape> s;
-    s.first = reinterpret_cast<E*>(p);
-    s.second = s.first + Shape::kStreamed * Shape::kStride;
-    s.log_sum = reinterpret_cast<float*>(s.second + Shape::kStreamed * Shape::kStride);
-    s.delta = s.log_sum + Shape::kStreamed;
-    s.share = s.delta + Shape::kStreamed;
-    s.used = reinterpret_cast<bool*>(s.share + Shape::kStreamed);
-    return s;
+  __device__ __forceinline__ WindowStage<Shape> stage(int i) const {
+    E* const first = reinterpret_cast<E*>(base + Shape::kBytes.own + i * Shape::kBytes.stage);
+    return {first, first + Shape::kStreamed * Shape::kStride};
   }
 };
 
@@ -204,7 +201,7 @@ class KeyStream {
             static_cast<int>(least(kStreamed, to_ - key(tile)))};
   }
   __device__ __forceinline__ void load(int64_t tile) const {
-    const WindowStage<Shape> s = m_.stage(tile);
+    const WindowStage<Shape> s = m_.stage(stage_of(tile, a_.stages));
     const auto is_used = [&](int row) {
       const int64_t key = this->key(tile) + row;
       return key < to_ && (kSinks || is_key(a_, w_, key));
@@ -213,7 +210,7 @@ class KeyStream {
     load_rows<typename Shape::Element, Shape::C, kStreamed>(s.second, v_, tile * kStreamed,
                                                             is_used);
     if (!kSinks && a_.key_mask && threadIdx.x < kStreamed)
-      s.used[threadIdx.x] = is_used(static_cast<int>(threadIdx.x));
+      s.row(static_cast<int>(threadIdx.x)).used = is_used(static_cast<int>(threadIdx.x));
     async_copy_commit();
   }
 

@@ -82,7 +82,7 @@ class WindowGradientBlock {
       float &x = weights.c[e / 4][e % 4], &slope = slopes.c[e / 4][e % 4];
       float log_sum = log_sum_[half], delta = delta_[half], share = share_[half];
       if constexpr (kOwnsKeys)
-        log_sum = s.log_sum[column], delta = s.delta[column], share = s.share[column];
+        log_sum = s.row(column).log_sum, delta = s.row(column).delta, share = s.row(column).share;
       // Of a query that sees no key, and of one that is not there, the log of the sum is -inf.
       bool visible = log_sum != -kInfinity;
       if (masked && visible) {
@@ -91,7 +91,7 @@ class WindowGradientBlock {
                               key + (kOwnsKeys ? own : column));
         } else {
           visible = band.of_rows(own, own).holds(column) &&
-                    (kOwnsKeys ? used_[half] : !a_.key_mask || s.used[column]);
+                    (kOwnsKeys ? used_[half] : !a_.key_mask || s.row(column).used);
         }
       }
       x = capped(a_, a_.scale * x);
@@ -167,10 +167,11 @@ class WindowQueryGradient : WindowGradientBlock<Shape, Side::queries> {
       load_rows<E, Shape::C, kOwnRows>(m_.own(0), own_rows(q, a_.key_dim), 0, is_query);
       load_rows<E, Shape::C, kOwnRows>(m_.own(1), own_rows(a_.dy, a_.dim), 0, is_query);
       keys.load(0);
-      walk_chunks<Shape::kStages>(
-          keys.tiles(), [&](int64_t tile) { keys.load(tile); },
+      walk_chunks(
+          keys.tiles(), a_.stages, [&](int64_t tile) { keys.load(tile); },
           [&](int64_t tile) {
-            this->template meet<kSinks>(m_.stage(tile), keys.band(tile), w_.begin, keys.key(tile));
+            this->template meet<kSinks>(m_.stage(stage_of(tile, a_.stages)), keys.band(tile),
+                                        w_.begin, keys.key(tile));
             __syncthreads();
           });
     }
@@ -213,11 +214,11 @@ class WindowKeyGradient : WindowGradientBlock<Shape, Side::keys> {
         this->load(i, static_cast<int>(i / tiles), from_ + i % tiles * kStreamed);
       };
       load(0);
-      walk_chunks<Shape::kStages>(group * tiles, load, [&](int64_t i) {
+      walk_chunks(group * tiles, a_.stages, load, [&](int64_t i) {
         const int64_t query = from_ + i % tiles * kStreamed;
         const Band band = {w_.begin - a_.past - query, a_.after, a_.before,
                            static_cast<int>(least(kStreamed, to_ - query))};
-        this->template meet<kSinks>(m_.stage(i), band, query, w_.begin);
+        this->template meet<kSinks>(m_.stage(stage_of(i, a_.stages)), band, query, w_.begin);
         __syncthreads();
       });
     }
@@ -245,7 +246,7 @@ class WindowKeyGradient : WindowGradientBlock<Shape, Side::keys> {
 
   // Queries from `query` on of head `g` of the group.
   __device__ __forceinline__ void load(int64_t tile, int g, int64_t query) const {
-    const WindowStage<Shape> s = m_.stage(tile);
+    const WindowStage<Shape> s = m_.stage(stage_of(tile, a_.stages));
     const int head = w_.head * (a_.heads / a_.kv_heads) + g;
     const int64_t first = w_.first + query;
     const auto is_query = [&](int row) { return query + row < to_; };
@@ -257,10 +258,10 @@ class WindowKeyGradient : WindowGradientBlock<Shape, Side::keys> {
     if (threadIdx.x < kStreamed) {
       const int row = static_cast<int>(threadIdx.x);
       const bool there = is_query(row);
-      s.log_sum[row] =
-          there ? load_number<float>(a_.log_sum, w_.batch, head, first + row) : -kInfinity;
-      s.delta[row] = there ? load_number<float>(a_.delta, w_.batch, head, first + row) : 0;
-      s.share[row] =
+      StreamedRow& to = s.row(row);
+      to.log_sum = there ? load_number<float>(a_.log_sum, w_.batch, head, first + row) : -kInfinity;
+      to.delta = there ? load_number<float>(a_.delta, w_.batch, head, first + row) : 0;
+      to.share =
           there && a_.share.data ? load_number<float>(a_.share, w_.batch, head, first + row) : 1;
     }
     async_copy_commit();

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <string>
 
+#include "cuda/attention_blocks.h"
 #include "cuda/window_call.h"
 
 namespace latte::cuda {
@@ -90,17 +91,17 @@ void WindowForwardPlan::run(void* stream) const {
 WindowBackwardPlan::WindowBackwardPlan(const SlidingWindowBackward& p, const WindowProblem& problem)
     : problem_(problem),
       type_(common_type({&p.q, &p.k, &p.v, &p.dy, &p.q_sink, &p.k_sink, &p.v_sink})),
+      channels_(channel_tile(most(problem.key_dim, problem.dim))),
       dk_sink_(output_rows(p.dk_sink)),
       dv_sink_(output_rows(p.dv_sink)) {
   args = window_args(p, problem, type_);
   args.dy = input_rows(p.dy, type_);
   args.dq = output_rows(p.dq), args.dk = output_rows(p.dk), args.dv = output_rows(p.dv);
   args.dq_sink = output_rows(p.dq_sink);
-  const int channels = channel_tile(most(args.key_dim, args.dim));
-  args.slices = static_cast<int>(ceil_div(most(args.key_dim, args.dim), gradient_slice(channels)));
+  args.slices = static_cast<int>(ceil_div(most(args.key_dim, args.dim), gradient_slice(channels_)));
   const int64_t owners =
       problem.sequences * problem.kv_heads * ceil_div(problem.sinks, kOwnRows) * args.slices;
-  args.pieces = static_cast<int>(token_parts(owners, problem.tokens));
+  args.pieces = static_cast<int>(token_parts(owners, problem.tokens, tuning()));
   rows.dy = args.dy, rows.wide = head_rows(p.wide, false);
   rows.d_log_sum = view_of(p.d_log_sum);
   rows.rows = problem.batch * problem.heads * problem.tokens, rows.tokens = problem.tokens;
@@ -113,6 +114,11 @@ void WindowBackwardPlan::place(Workspace& workspace) {
   args.delta = rows.delta;
   args.sink_sums =
       workspace.take<float>(args.pieces * p.sequences * p.kv_heads * p.sinks * (p.key_dim + p.dim));
+}
+
+void WindowBackwardPlan::check_device(const char* op) const {
+  const WindowBytes bytes = window_bytes(element_size(type_), channels_, 2);
+  device_stages(op, bytes.stage, bytes.own);
 }
 
 void WindowBackwardPlan::run_window(void* stream) const {

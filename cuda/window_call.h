@@ -37,10 +37,13 @@ class WindowBackwardPlan {
  public:
   WindowBackwardPlan(const SlidingWindowBackward& params, const WindowProblem& problem);
   void place(Workspace& workspace);
+  // Before anything is launched: whether the current device can hold a block.
+  void check_device(const char* op) const;
   // `rows` before the kernels of the window, which may have others between.
   void run_rows(void* stream) const { launch_row_gradient(rows, stream); }
   void run_window(void* stream) const;
   void run(void* stream) const {
+    check_device("sliding_window_attention_backward");
     run_rows(stream);
     run_window(stream);
   }
@@ -51,6 +54,7 @@ class WindowBackwardPlan {
  private:
   const WindowProblem problem_;
   DType type_;
+  int channels_;  // of a kernel
   HeadRows dk_sink_, dv_sink_;
 };
 

@@ -38,10 +38,10 @@ class WindowForwardBlock {
                               rows_from(q, w_.batch, w_.head, w_.first + w_.begin, a_.key_dim), 0,
                               [&](int row) { return w_.begin + row < w_.tokens; });
     keys.load(0);
-    walk_chunks<Shape::kStages>(
-        keys.tiles(), [&](int64_t tile) { keys.load(tile); },
+    walk_chunks(
+        keys.tiles(), a_.stages, [&](int64_t tile) { keys.load(tile); },
         [&](int64_t tile) {
-          attend<kSinks>(m_.stage(tile), keys.key(tile), keys.band(tile));
+          attend<kSinks>(m_.stage(stage_of(tile, a_.stages)), keys.key(tile), keys.band(tile));
           __syncthreads();
         });
   }
@@ -66,7 +66,7 @@ class WindowForwardBlock {
             const bool visible =
                 kSinks ? sees_sink(a_, w_, w_.begin + row_ + row, key + 16 * j + column)
                        : of_row[half].holds(16 * j + column) &&
-                             (!a_.key_mask || s.used[16 * j + column]);
+                             (!a_.key_mask || s.row(16 * j + column).used);
             if (!visible) x = -kInfinity;
           }
           high[half] = fmaxf(high[half], x);

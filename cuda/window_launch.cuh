@@ -2,7 +2,7 @@
 // Sizes of a call become the template arguments of its kernel.
 #pragma once
 
-#include "cuda/call.h"
+#include "cuda/attention_blocks.h"
 #include "cuda/window_backward.cuh"
 #include "cuda/window_forward.cuh"
 #include "cuda/window_launch.h"
@@ -14,19 +14,21 @@ void launch_window_sized(WindowKernel kernel, const WindowArgs& args, int64_t bl
                          void* stream) {
   using Forward = WindowShape<E, kChannels, 1>;
   using Gradient = WindowShape<E, kChannels, 2>;
-  const auto start = [&](auto function, int64_t shared_bytes) {
-    launch_blocks("sliding_window_attention", function, blocks, kAttentionThreads, shared_bytes,
-                  stream, args);
+  const auto start = [&](auto function, const WindowBytes& bytes) {
+    constexpr const char* kOp = "sliding_window_attention";
+    WindowArgs a = args;
+    a.stages = device_stages(kOp, bytes.stage, bytes.own);
+    launch_blocks(kOp, function, blocks, kAttentionThreads, bytes.total(a.stages), stream, a);
   };
   switch (kernel) {
     case WindowKernel::forward:
-      return start(window_forward<Forward>, Forward::kSharedBytes);
+      return start(window_forward<Forward>, Forward::kBytes);
     case WindowKernel::query_gradient:
-      return start(window_query_gradient<Gradient>, Gradient::kSharedBytes);
+      return start(window_query_gradient<Gradient>, Gradient::kBytes);
     case WindowKernel::key_gradient:
-      return start(window_key_gradient<Gradient>, Gradient::kSharedBytes);
+      return start(window_key_gradient<Gradient>, Gradient::kBytes);
     case WindowKernel::sink_gradient:
-      return start(window_sink_gradient<Gradient>, Gradient::kSharedBytes);
+      return start(window_sink_gradient<Gradient>, Gradient::kBytes);
   }
 }
 

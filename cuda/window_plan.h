@@ -18,10 +18,27 @@ constexpr int channel_tile(int64_t channels) {
 // Other blocks have the others, and compute the weights again.
 constexpr int gradient_slice(int channel_tile) { return channel_tile < 128 ? channel_tile : 128; }
 
-// Rows that are streamed past a block at a time: as many as leave room for a second block.
+// Rows that are streamed past a block at a time: as many as leave room for a second block on sm_90,
+// and for one on every device.
 constexpr int streamed_rows(int64_t own_bytes, int64_t bytes_per_row) {
-  const int64_t room = 113 * 1024 - own_bytes;
+  const int64_t room = 99 * 1024 - own_bytes;
   return 64 * bytes_per_row <= room ? 64 : 32 * bytes_per_row <= room ? 32 : 16;
+}
+
+// Shared memory of a block that owns `owned` arrays of kOwnRows rows and streams two past these.
+struct WindowBytes {
+  int64_t row, own, stage;
+  int streamed;  // rows of a stage
+
+  constexpr int64_t total(int64_t stages) const { return own + stages * stage; }
+};
+constexpr WindowBytes window_bytes(int64_t element, int64_t channels, int owned) {
+  WindowBytes b{};
+  b.row = channels * element + kRowPadding;
+  b.own = owned * kOwnRows * b.row;
+  b.streamed = streamed_rows(b.own, 2 * b.row);
+  b.stage = 2 * b.streamed * b.row;
+  return b;
 }
 
 // Tiles of all sequences: that of a packed one begins a tile of its own.

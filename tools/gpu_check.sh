@@ -84,7 +84,7 @@ if usable; then
   if command -v compute-sanitizer >/dev/null; then
     # Without torch's cache every tensor is an allocation, whose ends memcheck knows.
     for tool in memcheck racecheck initcheck synccheck; do
-      stage "$tool" 40 "$run PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
+      stage "$tool" 35 "$run PYTORCH_NO_CUDA_MEMORY_CACHING=1 \
         compute-sanitizer --tool $tool --error-exitcode 9 \
         \"\$PYTHON\" -m latte_ext selftest --device cuda --small"
     done
@@ -93,9 +93,11 @@ if usable; then
   fi
   # Bandwidth and matrix product, then every operator and its peers.
   stage bench 100 "$run \"\$PYTHON\" -m latte_ext bench --device cuda --json \"\$OUT/bench.json\""
+  # How long sequences are best cut: what to commit as cuda/tuned.h, and the times behind it.
+  stage tune 70 "$run \"\$PYTHON\" -m latte_ext bench --device cuda --tune \"\$OUT/tuned.h\""
   if command -v ncu >/dev/null; then
     stage ncu 60 "$run ncu --clock-control none --target-processes all --kernel-name \
-      regex:'causal|bidirectional|key_summary|fold|step|recurrence|conv' --launch-count 12 --csv \
+      regex:'causal|bidirectional|key_summary|gradient|fold|step|recurrence|conv' --launch-count 16 --csv \
       --metrics gpu__time_duration.sum,dram__bytes.sum,dram__throughput.avg.pct_of_peak_sustained_elapsed,\
 sm__throughput.avg.pct_of_peak_sustained_elapsed,sm__warps_active.avg.pct_of_peak_sustained_active,\
 sm__inst_executed_pipe_tensor.avg.pct_of_peak_sustained_active,\
@@ -105,7 +107,7 @@ l1tex__data_bank_conflicts_pipe_lsu.sum,launch__registers_per_thread \
     missing ncu "no Nsight Compute here"
   fi
 else
-  for name in selftest pytest sanitizers bench ncu; do
+  for name in selftest pytest sanitizers bench tune ncu; do
     missing "$name" "no package with a usable GPU; see env and build"
   done
 fi

@@ -211,4 +211,18 @@ PYBIND11_MODULE(_core, m) {
         "Float32 operations per second that multiply-adds in registers reach, measured.");
   m.def("cuda_built", &latte::cuda_built, "Whether the CUDA backend is in this build.");
   m.def("cuda_info", &cuda_info, "What this build and this machine have of CUDA.");
+  m.def(
+      "cuda_tuning",
+      [] {
+        const latte::cuda::Tuning t = latte::cuda::tuning();
+        return py::make_tuple(t.wanted_blocks, t.min_segment_tokens);
+      },
+      "(wanted_blocks, min_segment_tokens) of the CUDA kernels.");
+  m.def(
+      "set_cuda_tuning",
+      [](int64_t wanted_blocks, int64_t min_segment_tokens) {
+        latte::cuda::set_tuning({wanted_blocks, min_segment_tokens});
+      },
+      py::arg("wanted_blocks"), py::arg("min_segment_tokens"),
+      "For measurements: how later calls cut long sequences.");
 }

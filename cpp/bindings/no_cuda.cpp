@@ -52,5 +52,7 @@ Info info() {
   return none;
 }
 void set_device(int) { fail(); }
+Tuning tuning() { fail(); }
+void set_tuning(const Tuning&) { fail(); }
 
 }  // namespace latte::cuda

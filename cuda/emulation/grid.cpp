@@ -52,7 +52,7 @@ void check_configuration(dim3 grid, dim3 block, size_t shared_bytes) {
   if (grid.x > 0x7fffffffu || grid.y > 65535 || grid.z > 65535)
     throw Fault("[emulation] a grid of " + std::to_string(grid.x) + " x " + std::to_string(grid.y) +
                 " x " + std::to_string(grid.z) + " blocks");
-  if (shared_bytes > 227 * 1024)
+  if (shared_bytes > static_cast<size_t>(options().shared_bytes))
     throw Fault("[emulation] " + std::to_string(shared_bytes) + " bytes of shared memory");
 }
 

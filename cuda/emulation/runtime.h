@@ -33,8 +33,8 @@ struct CallSite {
 struct Options {
   bool shuffle = false;  // run blocks, and threads between collectives, in an order drawn from:
   uint64_t seed = 0;
-  int workers = 1;          // blocks in flight
-  int multiprocessors = 8;  // what device_limits() answers
+  int workers = 1;                // blocks in flight
+  int shared_bytes = 227 * 1024;  // that a block may have: of sm_90
 };
 Options& options();
 

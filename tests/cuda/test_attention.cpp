@@ -3,8 +3,11 @@
 // segments, schedules, budgets; against the float64 oracle of tests/cpp.
 #include <gtest/gtest.h>
 
+#include "cuda/costs.h"
 #include "cuda/emulation/cuda_emulation.h"
+#include "edge_cases.h"
 #include "problem.h"
+#include "shared_limit.h"
 
 namespace testing_latte {
 namespace {
@@ -26,6 +29,11 @@ TEST(Attention, Tiles) {
           c.set_type(dtype);
           Call(c).check_forward();
         }
+}
+
+TEST(Attention, Edges) {
+  for_each_edge({DType::float32, DType::bfloat16, DType::float16},
+                [](Call& call) { call.check_forward(); });
 }
 
 // A latent's maximum jumps in the middle of a chunk: below and above the range of the products.
@@ -83,6 +91,56 @@ TEST(Attention, Segments) {
         }
 }
 
+// Segments, slices and heads that share keys, all at once.
+TEST(Attention, SegmentsOfSlices) {
+  for (const DType dtype : kDeviceTypes)
+    for (const bool causal : {true, false}) {
+      Case c;
+      c.tokens = 513, c.latents = 250, c.dim = 66, c.heads = 2, c.kv_heads = 1;
+      c.causal = causal, c.initial = causal, c.masked = true;
+      if (causal) c.borders = {0, 0, 512, 513};
+      c.set_type(dtype);
+      Call(c).check_forward();
+    }
+}
+
+// Whatever a measurement chooses, the values are the same.
+TEST(Attention, AnyTuning) {
+  const latte::cuda::Tuning before = latte::cuda::tuning();
+  constexpr latte::cuda::Tuning kOthers[] = {{1, 1}, {6, 1}, {64, 100}};
+  for (const latte::cuda::Tuning& tuning : kOthers) {
+    latte::cuda::set_tuning(tuning);
+    for (const bool causal : {true, false}) {
+      Case c;
+      c.tokens = 300, c.latents = 9, c.causal = causal, c.initial = causal;
+      c.set_type(DType::bfloat16);
+      Call(c).check_forward();
+      Call(c).check_backward();
+    }
+  }
+  latte::cuda::set_tuning(before);
+  EXPECT_THROW(latte::cuda::set_tuning({0, 256}), latte::Error);
+  EXPECT_THROW(latte::cuda::set_tuning({264, 0}), latte::Error);
+}
+
+// Devices with less shared memory cut L into more slices, and chunks that jump are walked as well.
+TEST(Attention, LessSharedMemory) {
+  for (const int64_t limit : {163, 99}) {
+    const SharedLimit device(limit * 1024);
+    for (const DType dtype : kDeviceTypes)
+      for (const int64_t latents : {100, 256})
+        for (const Keys keys : {Keys::normal, Keys::jumps})
+          for (const bool causal : {true, false}) {
+            Case c;
+            c.tokens = 70, c.latents = latents, c.dim = 65, c.keys = keys;
+            c.causal = causal, c.initial = causal;
+            c.set_type(dtype);
+            SCOPED_TRACE(limit);
+            Call(c).check_forward();
+          }
+  }
+}
+
 // Tokens [from, to) of a tensor (B,H,T,C).
 latte::Tensor tokens_of(latte::Tensor t, int64_t from, int64_t to) {
   t.data = static_cast<char*>(t.data) + from * t.stride[2] * element_size(t.dtype);
@@ -134,7 +192,7 @@ TEST(Attention, AnySchedule) {
         Call in_order(c);
         in_order.check_forward();
         for (uint64_t seed = 1; seed <= 5; ++seed) {
-          emulation::options() = {true, seed, 2, before.multiprocessors};
+          emulation::options() = {true, seed, 2, before.shared_bytes};
           Call shuffled(c);
           shuffled.forward();
           EXPECT_EQ(shuffled.output_bytes(), in_order.output_bytes()) << "seed " << seed;
@@ -169,8 +227,13 @@ TEST(Attention, MovesTheLeastBytes) {
       EXPECT_EQ(counters.async_bytes, rows * (64 + 64 + 64) * size);
       EXPECT_EQ(counters.load_bytes, 0u);
       EXPECT_EQ(counters.store_bytes, rows * 64 * size);
+      EXPECT_EQ(counters.async_bytes + counters.store_bytes,
+                rows * static_cast<uint64_t>(latte::cuda::forward_bytes(64, 64, dtype)));
       EXPECT_EQ(counters.ldmatrix_conflicts, 0u);
-      EXPECT_GT(counters.mma, 0u);
+      if (!causal) continue;
+      // Two sequences of four chunks.
+      EXPECT_EQ(counters.mma, static_cast<uint64_t>(8 * latte::cuda::forward_products(4, 4) *
+                                                    latte::cuda::product_instructions(dtype)));
     }
 }
 

@@ -3,9 +3,11 @@
 // segments, schedules, budgets; against the float64 oracle of tests/cpp.
 #include <gtest/gtest.h>
 
-#include "cuda/attention_plan.h"
+#include "cuda/costs.h"
 #include "cuda/emulation/cuda_emulation.h"
+#include "edge_cases.h"
 #include "problem.h"
+#include "shared_limit.h"
 
 namespace testing_latte {
 namespace {
@@ -27,6 +29,11 @@ TEST(Gradient, Slices) {
           c.set_type(dtype);
           Call(c).check_backward();
         }
+}
+
+TEST(Gradient, Edges) {
+  for_each_edge({DType::float32, DType::bfloat16, DType::float16},
+                [](Call& call) { call.check_backward(); });
 }
 
 // A latent's maximum jumps in the middle of a chunk: below and above the range of the products.
@@ -95,6 +102,20 @@ TEST(Gradient, SegmentsOfSlices) {
     }
 }
 
+// Devices with less shared memory cut L into more slices, and chunks that jump are walked as well.
+TEST(Gradient, LessSharedMemory) {
+  const SharedLimit device(99 * 1024);
+  for (const DType dtype : kDeviceTypes)
+    for (const Keys keys : {Keys::normal, Keys::jumps})
+      for (const bool causal : {true, false}) {
+        Case c;
+        c.tokens = 70, c.latents = 64, c.dim = 65, c.keys = keys;
+        c.causal = causal, c.initial = causal;
+        c.set_type(dtype);
+        Call(c).check_backward();
+      }
+}
+
 // Blocks and threads in other orders leave every bit as it is.
 TEST(Gradient, AnySchedule) {
   const emulation::Options before = emulation::options();
@@ -109,7 +130,7 @@ TEST(Gradient, AnySchedule) {
         Call in_order(c);
         in_order.check_backward();
         for (uint64_t seed = 1; seed <= 5; ++seed) {
-          emulation::options() = {true, seed, 2, before.multiprocessors};
+          emulation::options() = {true, seed, 2, before.shared_bytes};
           Call shuffled(c);
           shuffled.backward();
           EXPECT_EQ(shuffled.output_bytes(), in_order.output_bytes()) << "seed " << seed;
@@ -146,7 +167,13 @@ TEST(Gradient, MovesTheBytesOfItsBudget) {
     EXPECT_EQ(counters.load_bytes, borders);
     EXPECT_EQ(counters.store_bytes, rows * (3 * size + 2 * factor) + borders);
     EXPECT_EQ(counters.ldmatrix_conflicts, 0u);
-    EXPECT_GT(counters.mma, 0u);
+    EXPECT_EQ(counters.async_bytes + counters.store_bytes - borders,
+              2 * 200 * static_cast<uint64_t>(latte::cuda::backward_bytes(64, 64, dtype)));
+    // Two sequences of four chunks.
+    EXPECT_EQ(counters.mma, static_cast<uint64_t>(8 *
+                                                  (latte::cuda::query_gradient_products(4, 4) +
+                                                   latte::cuda::key_gradient_products(4, 4)) *
+                                                  latte::cuda::product_instructions(dtype)));
   }
 }
 

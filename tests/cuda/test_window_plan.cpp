@@ -28,21 +28,25 @@ TEST(WindowPlan, DistancesDoNotOverflow) {
   EXPECT_FALSE(is_distant(3, 7, 5, false));
 }
 
-// A multiprocessor has 227 KiB, of which two blocks get half each; an A100 gives one block 163.
-template <class E>
-void expect_shared_memory_fits() {
-  const int64_t two_blocks = 113 * 1024;
-  EXPECT_LE((WindowShape<E, 32, 1>::kSharedBytes), two_blocks);
-  EXPECT_LE((WindowShape<E, 128, 1>::kSharedBytes), two_blocks);
-  EXPECT_LE((WindowShape<E, 256, 1>::kSharedBytes), two_blocks);
-  EXPECT_LE((WindowShape<E, 32, 2>::kSharedBytes), two_blocks);
-  EXPECT_LE((WindowShape<E, 128, 2>::kSharedBytes), two_blocks);
-  EXPECT_LE((WindowShape<E, 256, 2>::kSharedBytes), sizeof(E) == 2 ? two_blocks : 163 * 1024);
-}
-TEST(WindowPlan, SharedMemoryFits) {
-  expect_shared_memory_fits<float>();
-  expect_shared_memory_fits<__nv_bfloat16>();
-  expect_shared_memory_fits<__half>();
+// Every kernel fits on every device, but the gradient of more than 128 channels of float32 on the
+// smallest; two blocks of the others are resident on sm_90.
+TEST(WindowPlan, EveryShapeFits) {
+  for (const int64_t element : {2, 4})
+    for (int64_t channels = 1; channels <= kMaxDim; ++channels) {
+      const int tile = channel_tile(channels);
+      EXPECT_GE(tile, channels);
+      EXPECT_GE(ceil_div(channels, gradient_slice(tile)) * gradient_slice(tile), channels);
+      for (const int owned : {1, 2})
+        for (const int64_t limit : kSharedLimits) {
+          const WindowBytes b = window_bytes(element, tile, owned);
+          const int count = stages(b.stage, b.own, limit);
+          const bool large = element == 4 && tile == 256 && owned == 2;
+          EXPECT_EQ(count > 0, !large || limit > 99 * 1024) << element << " " << channels;
+          EXPECT_LE(b.total(count), limit + (count == 0) * b.own);
+          EXPECT_EQ(b.streamed % 16, 0);
+          if (limit == 227 * 1024 && !large) EXPECT_EQ(resident_blocks(b.total(count), limit), 2);
+        }
+    }
 }
 
 }  // namespace

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "cuda/emulation/cuda_emulation.h"
+#include "shared_limit.h"
 #include "window_problem.h"
 
 namespace testing_latte {
@@ -38,6 +39,31 @@ TEST(Windows, Tiles) {
       }
 }
 
+// The smallest device holds every block but one, which raises before anything is written.
+TEST(Windows, LessSharedMemory) {
+  const SharedLimit device(99 * 1024);
+  for (const DType type : window_types()) {
+    WindowCase c;
+    c.batch = 1, c.heads = 2, c.kv_heads = 1, c.tokens = 130, c.window = 70, c.scale = 0.1;
+    c.key_dim = 256, c.dim = 200, c.type = type;
+    WindowCall call(c);
+    if (type != DType::float32) {
+      call.check();
+      continue;
+    }
+    call.forward();
+    try {
+      call.backward();
+      ADD_FAILURE() << "a block of 256 channels of float32 was accepted";
+    } catch (const latte::Error& error) {
+      EXPECT_EQ(error.kind, latte::Error::Kind::runtime);
+      EXPECT_STREQ(error.what(),
+                   "[sliding_window_attention_backward] needs 166400 bytes of shared memory per "
+                   "block, expected at most 101376 on this device");
+    }
+  }
+}
+
 std::vector<unsigned char> output_bytes(const WindowCall& call) {
   std::vector<unsigned char> all;
   for (const Array* a : {&call.y, &call.log_sum, &call.dq, &call.dk, &call.dv, &call.dq_sink,
@@ -58,7 +84,7 @@ TEST(Windows, AnySchedule) {
     WindowCall in_order(c);
     in_order.check();
     for (uint64_t seed = 1; seed <= 5; ++seed) {
-      emulation::options() = {true, seed, 2, before.multiprocessors};
+      emulation::options() = {true, seed, 2, before.shared_bytes};
       WindowCall shuffled(c);
       shuffled.forward();
       shuffled.backward();

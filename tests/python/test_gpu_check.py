@@ -57,11 +57,11 @@ def test_without_anything_it_says_what_could_not_run(tmp_path: Path) -> None:
     assert lines[0].startswith("commit: ")
     assert lines[1].startswith("env: FAILED (127)")
     assert lines[2] == "build: NOT RUN: no nvcc here"
-    names = [line.partition(":")[0] for line in lines[3:8]]
-    assert names == ["selftest", "pytest", "sanitizers", "bench", "ncu"]
-    assert all("NOT RUN: no package with a usable GPU" in line for line in lines[3:8])
-    assert lines[8].startswith("7 stages failed or did not run; ")
-    assert status == 7
+    names = [line.partition(":")[0] for line in lines[3:9]]
+    assert names == ["selftest", "pytest", "sanitizers", "bench", "tune", "ncu"]
+    assert all("NOT RUN: no package with a usable GPU" in line for line in lines[3:9])
+    assert lines[9].startswith("8 stages failed or did not run; ")
+    assert status == 8
 
 
 def test_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
     ok = {name for name, line in stages.items() if line.startswith("ok, ")}
     assert ok == {
         "env", "build", "selftest", "memcheck", "racecheck", "initcheck", "synccheck", "bench",
-        "ncu",
+        "tune", "ncu",
     }  # fmt: skip
     assert stages["racecheck"].endswith("uses racecheck cache 1")
     out = tmp_path / "out"
@@ -86,7 +86,7 @@ def test_a_stage_that_fails_stops_no_other(tmp_path: Path) -> None:
 def test_a_wheel_without_a_usable_gpu_is_noticed(tmp_path: Path) -> None:
     python = INFO.replace("NVIDIA Stand-in", "none (cudaGetDeviceCount: no driver)")
     status, lines = check(tmp_path, STANDINS | {"python3": python})
-    assert status == 5
+    assert status == 6
     assert "bench: NOT RUN: no package with a usable GPU; see env and build" in lines
 
 

@@ -34,6 +34,16 @@ LATTE_EXPORT Info info();
 // Makes `device` the current one of the calling thread.
 LATTE_EXPORT void set_device(int device);
 
+// What launch planning cannot derive from shapes: how long sequences are cut where there are few.
+struct Tuning {
+  int64_t wanted_blocks;       // that keep a device busy
+  int64_t min_segment_tokens;  // that are worth a block of their own
+};
+LATTE_EXPORT Tuning tuning();
+// For measurements: of all calls from now on, whose results then have other bits. Not between
+// workspace_bytes() and its call. Throws unless both are positive.
+LATTE_EXPORT void set_tuning(const Tuning& tuning);
+
 // Workspace that the same call needs, in bytes (alignment is arranged inside). It depends on
 // shapes, strides and types alone, not on the device. 0: `workspace` may be null.
 LATTE_EXPORT int64_t workspace_bytes(const LatentAttentionForward& params);

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from .._progress import Bar
-from . import cuda, mixers, overhead, report, window
+from . import cuda, mixers, overhead, report, tune, window
 from .cases import EXTRA_GROUPS, SIZES, Bench
 from .cases import GROUPS as LATENT_GROUPS
 
@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the benchmark's options to `parser`."""
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="what to measure")
     parser.add_argument("--once", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--tune", type=Path, metavar="FILE",
+        help="measure how the CUDA kernels best cut long sequences, for cuda/tuned.h",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     parser.add_argument("--plot", type=Path, help="also draw a PNG file (needs matplotlib)")
     parser.add_argument("--out", type=Path, help="folder for <cpu>.json, <cpu>.md and <cpu>.png")
@@ -52,6 +56,8 @@ def run(args: argparse.Namespace) -> int:
     if args.overhead:
         print(overhead.table(overhead.measure()))
         return 0
+    if args.tune is not None:
+        return tune.run(args.size, args.tune)
     if args.device == "cuda":
         return cuda.run(args.size, args.json, args.once)
     bench = Bench(SIZES[args.size], torch.get_num_threads())

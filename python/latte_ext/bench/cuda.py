@@ -293,6 +293,13 @@ def markdown(name: str, found: dict[str, float], rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def refusal() -> str | None:
+    """Why nothing can be measured here."""
+    if unusable() or not torch.cuda.is_available():
+        return f"[bench] {unusable() or 'this torch cannot make CUDA tensors'}: expected a GPU"
+    return None
+
+
 def run(size: str, json_path: Path | None, once: bool) -> int:
     """Measure and print; returns the exit code.
 
@@ -301,8 +308,8 @@ def run(size: str, json_path: Path | None, once: bool) -> int:
         json_path: where the numbers go, and beside it the page as .md.
         once: only call each case, for a profiler.
     """
-    if unusable() or not torch.cuda.is_available():
-        print(f"[bench] {unusable() or 'this torch cannot make CUDA tensors'}: expected a GPU")
+    if problem := refusal():
+        print(problem)
         return 1
     torch.manual_seed(0)
     if once:

@@ -1,24 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
-// Row by row around the walks where they cut L or D, or where heads share keys: the softmax of q
-// before them, and sums of their partial results after.
-#pragma once
-
-#include "cuda/gradient.cuh"
+#include "cuda/attention.cuh"
+#include "cuda/attention_rows.h"
 
 namespace latte::cuda {
+namespace {
 
-inline constexpr int kRowThreads = 128;
-
-// (B,H,T) rows, a warp for each.
-struct RowArgs {
-  HeadRows q, dq;
-  const float* partial = nullptr;  // p dp as (B,H,count,T,L)
-  View softmax;                    // (B,H,T,2)
-  View d_log_sum;                  // optional (B,H,T)
-  int64_t heads = 0, tokens = 0, rows = 0;
-  int latents = 0, count = 1;
-  float scale = 1;
-};
+constexpr int kRowThreads = 128;
 
 struct Row {
   int64_t number, b, h, t;
@@ -31,13 +18,7 @@ struct Row {
 };
 
 __device__ __forceinline__ float read_logit(const RowArgs& a, const Row& row, int l) {
-  float q = 0;
-  with_storage_type<float>(a.q.dtype, [&](auto type) {
-    using S = typename decltype(type)::type;
-    q = to_compute(global_load(static_cast<const S*>(a.q.data) + row.b * a.q.stride_b +
-                               row.h * a.q.stride_h + row.t * a.q.stride_t + l * a.q.stride_c));
-  });
-  return a.scale * q;
+  return a.scale * read<float>(a.q, row.b, row.h, row.t, l);
 }
 
 __global__ void __launch_bounds__(kRowThreads) query_softmax(const __grid_constant__ RowArgs a) {
@@ -82,14 +63,6 @@ __global__ void __launch_bounds__(kRowThreads) finish_queries(const __grid_const
   });
 }
 
-// A (B,heads,T,C) tensor from partial sums (B,heads,count,T,C), a thread per element.
-struct PartialSumArgs {
-  HeadRows to;
-  const float* partial = nullptr;
-  int64_t heads = 0, tokens = 0, channels = 0, elements = 0;
-  int count = 1;
-};
-
 __global__ void __launch_bounds__(kRowThreads)
     sum_partials(const __grid_constant__ PartialSumArgs a) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kRowThreads + threadIdx.x;
@@ -105,6 +78,21 @@ __global__ void __launch_bounds__(kRowThreads)
                      head % a.heads * a.to.stride_h + t * a.to.stride_t + c * a.to.stride_c,
                  from_compute<S>(sum));
   });
+}
+
+}  // namespace
+
+void launch_query_softmax(const char* op, const RowArgs& args, void* stream) {
+  launch_blocks(op, query_softmax, ceil_div(args.rows, kRowThreads / 32), kRowThreads, 0, stream,
+                args);
+}
+void launch_finish_queries(const char* op, const RowArgs& args, void* stream) {
+  launch_blocks(op, finish_queries, ceil_div(args.rows, kRowThreads / 32), kRowThreads, 0, stream,
+                args);
+}
+void launch_partial_sums(const char* op, const PartialSumArgs& args, void* stream) {
+  launch_blocks(op, sum_partials, ceil_div(args.elements, kRowThreads), kRowThreads, 0, stream,
+                args);
 }
 
 }  // namespace latte::cuda
