@@ -18,7 +18,7 @@ struct GradientView {
   View sum;   // (N,H,L,D)
   View norm;  // (N,H,slices of D,L), partial sums
 
-  __device__ __forceinline__ bool present() const { return sum.data != nullptr; }
+  __host__ __device__ __forceinline__ bool present() const { return sum.data != nullptr; }
 };
 
 struct GradientArgs : AttentionArgs {

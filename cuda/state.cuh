@@ -30,7 +30,7 @@ struct StateView {
   View max, norm;  // (N,Hk,L)
   View mean;       // (N,Hk,L,D)
 
-  __device__ __forceinline__ bool present() const { return norm.data != nullptr; }
+  __host__ __device__ __forceinline__ bool present() const { return norm.data != nullptr; }
 };
 
 inline StateView view_of(const State& s) {
