@@ -6,7 +6,7 @@
 An expression nests maximum, minimum, median and sum modulo 10 of digits: its value, one of ten
 classes, depends on all of its levels. Encoders with latent attention and one with softmax
 attention have the same blocks, the same number of parameters and read the same expressions in the
-same order, short ones first; they are tested on others, up to 4 times as long as any they were
+same order, long ones last; they are tested on others, up to 4 times as long as any they were
 trained on. Beside them: the most common class, the most common class of each outermost operator,
 and a network on the number of times that each token occurs. Writes listops.md and listops.json.
 
@@ -46,7 +46,8 @@ CLASSES = 10
 # Shortest and longest expressions, in tokens.
 TRAIN_BANDS = ((4, 32), (32, 64), (64, 128), (128, 256))
 TEST_BANDS = (*TRAIN_BANDS, (256, 512), (512, 1024))
-STEPS, TOKENS, LEARNING_RATE = 500, 2048, 2e-3
+BAND_BEGINS = (0, 0.35, 0.6, 0.8)  # of the training
+STEPS, TOKENS, LEARNING_RATE = 700, 2048, 2e-3
 TEST_COUNT = 500
 PARAMETERS = 150_000
 SEED = 0
@@ -106,10 +107,13 @@ def batch(rng: random.Random, band: tuple[int, int], count: int) -> Batch:
 
 
 def training_batches(steps: int) -> list[Batch]:
-    """A band after the other, each for as many steps, with as many tokens in every batch."""
-    rng = random.Random(SEED)
-    bands = [TRAIN_BANDS[len(TRAIN_BANDS) * step // steps] for step in range(steps)]
-    return [batch(rng, band, TOKENS // band[1]) for band in bands]
+    """As many tokens in every batch; longer expressions join the shorter ones as training goes."""
+    rng, batches = random.Random(SEED), []
+    for step in range(steps):
+        bands = sum(step >= begin * steps for begin in BAND_BEGINS)
+        band = TRAIN_BANDS[rng.randrange(bands)]
+        batches.append(batch(rng, band, TOKENS // band[1]))
+    return batches
 
 
 def test_batches(count: int) -> dict[str, list[Batch]]:

@@ -262,7 +262,10 @@ class Server:
         return Stream(self, ticket, name)
 
     async def forget(self, request: Request) -> Response:
-        if not self.sessions.drop(request.path_params["name"]):
+        name = request.path_params["name"]
+        if name in self.busy:
+            raise HTTPException(409, "the session has a request")
+        if not self.sessions.drop(name):
             raise HTTPException(404, "no such session, or it has expired")
         return Response(status_code=204)
 
@@ -272,6 +275,7 @@ class Server:
             "running": self.engine.running,
             "waiting": self.engine.waiting,
             "tokens": self.engine.tokens,
+            "cpu_seconds": time.process_time(),
             "sessions": len(self.sessions),
             "session_bytes": self.sessions.nbytes,
         }
@@ -329,7 +333,7 @@ class Server:
             job = Job(torch.tensor(list(data)), count, temperature, generator)
             return job, secrets.token_urlsafe(16)
         if name in self.busy:
-            raise HTTPException(409, "the session has a request already")
+            raise HTTPException(409, "the session has a request")
         session = self.sessions.get(name)
         if session is None:
             raise HTTPException(404, "no such session, or it has expired")

@@ -260,6 +260,13 @@ def test_results_are_complete() -> None:
     assert best["variant"] == demo.VARIANT
 
 
+@pytest.mark.parametrize("name", ["forecast", "server_load"])
+def test_tables_are_those_of_the_numbers(name: str) -> None:
+    file = EXAMPLES / "results" / name.replace("_load", "")
+    table = load_example(name).markdown(json.loads(file.with_suffix(".json").read_text()))
+    assert table == file.with_suffix(".md").read_text()
+
+
 def test_the_models_page_runs() -> None:
     page = (EXAMPLES.parent / "docs" / "models.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

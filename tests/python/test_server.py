@@ -162,6 +162,7 @@ def test_a_session_serves_one_request_and_survives_its_end() -> None:
             stream = events(response)
             assert next(stream) == ("session", {"session": name})
             assert client.post("/generate", json=body).status_code == 409
+            assert client.delete(f"/sessions/{name}").status_code == 409
             stream.close()
         until(client, running=0, sessions=1)
         # As it was before the request that was broken off.
