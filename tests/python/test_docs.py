@@ -172,6 +172,18 @@ def test_c_and_cpp_compile(
     assert ran.returncode == 0, ran.stderr
 
 
+@pytest.mark.slow
+def test_figures_are_drawn(tmp_path: Path) -> None:
+    ran = subprocess.run(
+        [sys.executable, ROOT / "tools" / "draw_figures.py", "--steps", "2", "--out", tmp_path],
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr[-4000:]
+    drawn = {path.name: path.read_bytes()[:8] for path in tmp_path.iterdir()}
+    assert drawn.keys() == {path.name for path in (ROOT / "docs" / "figures").iterdir()}
+    assert set(drawn.values()) == {b"\x89PNG\r\n\x1a\n"}
+
+
 def test_a_result_that_differs_is_found() -> None:
     assert run("page", 0, "x = 1\nx + 1  # -> 2\n", {}) == 1
     with pytest.raises(AssertionError, match="page:5"):
