@@ -4,6 +4,7 @@
 # make extend  longer context for a pretrained model: 15 minutes of training, a report
 # make lint   formatting, types, static analysis, known vulnerabilities
 # make docs   the documentation site, into build/site; make figures draws its figures anew
+# make fuzz   libFuzzer on the parsers of the C++ engine
 # make wheel  a source archive and a wheel for others, checked and tried in an empty environment
 # make release-check  everything, from a clean clone: docs/release.md
 PYTHON ?= python3
@@ -14,8 +15,9 @@ COMMA := ,
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
-.PHONY: demo docs figures extend test bench lint format wheel test-cpp test-cpp-sanitized test-cuda \
-  test-emulated test-aarch64 suite-aarch64 test-clang suite-clang test-python test-some test-isas \
+.PHONY: demo docs figures extend test bench bench-engine lint format wheel test-cpp \
+  test-cpp-sanitized test-cuda test-emulated test-aarch64 suite-aarch64 test-clang suite-clang \
+  fuzz suite-fuzz test-python test-some test-isas \
   test-torch test-stable try-wheel release-check clean
 .DELETE_ON_ERROR:
 
@@ -34,6 +36,20 @@ demo: $(VENV)/installed
 
 bench: $(VENV)/installed
 	cd $(VENV) && bin/python -m latte_ext bench --out $(CURDIR)/benchmarks/results
+
+# The engine of examples/cpp on a model of 110 million weights, in shares of this machine's peaks.
+ENGINE := build/engine
+ENGINE_MODEL := vocab_size=256, embed_dim=1024, num_layers=8, num_heads=16, num_latents=32
+
+bench-engine: $(VENV)/installed
+	mkdir -p $(ENGINE)
+	$(BIN)/python -c "from latte_ext.nn import *; \
+	  save(LatteLM(LatteConfig.named('latte-conv-swa++', $(ENGINE_MODEL))), '$(ENGINE)/model')"
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S examples/cpp -B $(ENGINE)/build -G Ninja \
+	  -Dlatte_DIR="$$($(BIN)/python -m latte_ext --cmake-dir)" >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(ENGINE)/build
+	$(ENGINE)/build/latte-lm $(ENGINE)/model --prompt "$$(head -c 2000 README.md)" --tokens 40 --time \
+	  >/dev/null
 
 # The model is a wheel of PyPI, the prose a package of Debian, the code Python's own library.
 EXTEND := build/extend
@@ -123,6 +139,25 @@ test-clang: $(VENV)/requirements $(GTEST_HEADER)
 
 suite-clang:
 	$(call cpp-suite,build/cpp-clang,$(CLANG))
+
+# libFuzzer on every parser of examples/cpp, so many seconds each. What it finds lies in build/fuzz.
+FUZZ_SECONDS ?= 60
+FUZZERS := json model state
+
+fuzz: $(VENV)/installed
+	$(call with-clang,suite-fuzz)
+
+suite-fuzz:
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S tests/fuzz -B build/fuzz -G Ninja \
+	  -DCMAKE_CXX_COMPILER=clang++ \
+	  -Dlatte_DIR="$$($(BIN)/python -m latte_ext --cmake-dir)" >/dev/null
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build build/fuzz
+	build/fuzz/fuzz_seeds build/fuzz/corpus
+	for what in $(FUZZERS); do \
+	  build/fuzz/fuzz_$$what -max_total_time=$(FUZZ_SECONDS) -max_len=16384 -timeout=20 \
+	    -malloc_limit_mb=1024 -use_value_profile=1 -verbosity=0 -print_final_stats=1 \
+	    -artifact_prefix=build/fuzz/ build/fuzz/corpus/$$what || exit 1; \
+	done
 
 test-python: $(VENV)/installed
 	@$(SMOLLM2) || echo "SmolLM2: NOT tested: its wheel cannot be had"

@@ -35,6 +35,7 @@ STAGES = {
     "examples": ("make", "test-some", "TESTS=tests/python/test_examples.py"),
     "demo": ("make", "demo"),
     "docs": ("make", "docs"),
+    "fuzz": ("make", "fuzz"),
     "clang": ("make", "test-clang"),
     "emulated": ("make", "test-emulated"),
     "stable": ("make", "test-stable"),

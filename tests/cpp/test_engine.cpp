@@ -111,6 +111,24 @@ TEST(Session, DistinguishesModelsAndStates) {
   EXPECT_EQ(session.logits(), before);
 }
 
+// A checksum is no signature: what it covers is still checked.
+TEST(Session, RefusesPositionsThatCouldOverflow) {
+  const Model model(make_model(all_sizes()[4]));
+  Session session(model, 1);
+  session.read({1, 2, 3});
+  const auto error_at = [&](const std::string& position) {
+    engine::SafeTensors file = session.save();
+    file.metadata.erase("checksum");
+    file.metadata["position"] = position;
+    file.metadata["checksum"] = std::to_string(file.checksum());
+    return error_of([&] { session.resume(file); });
+  };
+  EXPECT_EQ(error_at("4611686018427387904"), "no error");
+  for (const char* position : {"-1", "4611686018427387905", "9223372036854775807"})
+    EXPECT_EQ(error_at(position), "[session] position is " + std::string(position) +
+                                      ", expected 0 to 4611686018427387904");
+}
+
 TEST(Session, RefusesWhatIsNoToken) {
   const Model model(make_model(all_sizes()[0]));
   Session session(model, 1);

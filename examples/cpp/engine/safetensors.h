@@ -26,8 +26,8 @@ struct SafeTensors {
   std::map<std::string, std::string> metadata;
 
   /// @throws Error unless every size fits: the file holds the header and exactly the tensors'
-  /// bytes, without gaps or overlaps, each as long as its dtype and shape say. Never takes more
-  /// than a small multiple of the data's size in memory.
+  /// bytes, without gaps or overlaps, each as long as its dtype and shape say. Takes no more memory
+  /// than twice the data's size, and less than 1 GB for a hostile header, of at most 4 MB.
   static SafeTensors parse(const std::vector<std::byte>& data);
   static SafeTensors read(const std::filesystem::path& path);
 

@@ -15,6 +15,8 @@ constexpr const char* kStateFormat = "latte_ext.engine.state 1";
 // Tokens read at once: many enough for the matrix products, few enough that what is between the
 // layers stays in the cache.
 constexpr int64_t kChunk = 256;
+// Of a file; no sequence that follows can overflow what counts it.
+constexpr int64_t kMaxPosition = int64_t{1} << 62;
 
 // visit(name, numbers, shape) for all that a block remembers but its position.
 template <class Visit>
@@ -114,8 +116,9 @@ void Session::resume(SafeTensors file) {
   expect("checksum", checksum, std::to_string(file.checksum()));
   expect("model", metadata_of(file, "model"), model_.fingerprint());
   const int64_t position = Json::parse(metadata_of(file, "position")).integer();
-  if (position < 0)
-    throw Error("session", "position is " + std::to_string(position) + ", expected at least 0");
+  if (position < 0 || position > kMaxPosition)
+    throw Error("session", "position is " + std::to_string(position) + ", expected 0 to " +
+                               std::to_string(kMaxPosition));
 
   const Config& config = model_.config_;
   std::vector<BlockState> states(states_.size(), BlockState(config));
