@@ -14,6 +14,7 @@ C and C++ blocks compile against the installed headers.
 from __future__ import annotations
 
 import ast
+import importlib
 import os
 import re
 import subprocess
@@ -170,6 +171,20 @@ def test_c_and_cpp_compile(
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert ran.returncode == 0, ran.stderr
+
+
+def test_every_public_name_is_in_the_reference() -> None:
+    pages = "".join(text for page, text in PAGES.items() if page.startswith("docs/api/"))
+    documented = set(re.findall(r"^::: (\S+)$", pages, flags=re.MULTILINE))
+    # Modules have entries for what they hold, constants none.
+    public = {f"latte_ext.{name}" for name in latte_ext.__all__}
+    public -= {"latte_ext.__version__", "latte_ext.reference", "latte_ext.storage"}
+    for package in ("nn", "distributed", "hf"):
+        if package == "hf":
+            pytest.importorskip("transformers")
+        module = importlib.import_module(f"latte_ext.{package}")
+        public |= {f"latte_ext.{package}.{name}" for name in module.__all__}
+    assert public - documented <= {"latte_ext.nn.VARIANTS"}
 
 
 @pytest.mark.slow
