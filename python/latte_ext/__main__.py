@@ -83,7 +83,11 @@ def main(argv: list[str] | None = None) -> int:
         "bench": bench.run,
         "extend": lambda args: int(_extension().run(args)),
     }
-    return run[args.command](args)
+    try:
+        return run[args.command](args)
+    except KeyboardInterrupt:
+        print(f"\n[{args.command}] interrupted", file=sys.stderr)
+        return 130
 
 
 def _extension() -> Any:

@@ -115,11 +115,17 @@ def in_place(updated: str) -> Autograd:
     """A step, which refuses what is differentiated because it updates its `updated` in place."""
 
     def autograd(operator: Any, name: str) -> Callable[..., Any]:
-        names = [argument.name for argument in operator._schema.arguments]
+        arguments = [(x.name, x.is_write) for x in operator._schema.arguments]
         whole = name.removesuffix("_step")
 
         def apply(*args: Any) -> Any:
-            for argument, x in zip(names, args, strict=True):
+            for (argument, is_written), x in zip(arguments, args, strict=True):
+                if is_written and x is not None and x.is_neg():
+                    # torch would update a copy, and then report an internal error.
+                    raise RuntimeError(
+                        f"[{name}] {argument} is negated lazily, expected memory to write to: "
+                        "use resolve_neg()"
+                    )
                 if torch.is_grad_enabled() and _requires_grad(x):
                     found = "that requires grad"
                 elif forward_ad._current_level >= 0 and _has_tangent(x):

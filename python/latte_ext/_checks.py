@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from numbers import Integral
 from typing import Literal
 
 import torch
@@ -48,8 +49,6 @@ def check_tensors(
         if tensor.dtype not in allowed:
             expected = " or ".join(str(dtype) for dtype in allowed)
             raise TypeError(f"[{op}] {name} has dtype {tensor.dtype}, expected {expected}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"[{op}] {name} has layout {tensor.layout}, expected torch.strided")
 
 
 def check_beside(op: str, q: Tensor, name: str, tensor: Tensor) -> None:
@@ -70,8 +69,17 @@ def _tensor(op: str, name: str, given: object, beside: Tensor, first: str) -> Te
     if not isinstance(given, Tensor):
         raise TypeError(f"[{op}] {name} is a {type(given).__name__}, expected a torch.Tensor")
     check_plain(op, name, given)
+    check_dense(op, name, given)
     check_device(op, name, given.device, beside, first)
     return given
+
+
+def check_dense(op: str, name: str, tensor: Tensor) -> None:
+    """Raises TypeError for a tensor that is more than memory with strides."""
+    if tensor.is_nested:
+        raise TypeError(f"[{op}] {name} is a nested tensor, expected a plain one")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"[{op}] {name} has layout {tensor.layout}, expected torch.strided")
 
 
 def check_device(
@@ -96,10 +104,23 @@ def check_flags(op: str, **flags: bool) -> None:
         check_type(op, name, flag, bool)
 
 
+def check_integers(op: str, **sizes: int) -> None:
+    """Raises TypeError for a size that is not an integer."""
+    for name, size in sizes.items():
+        # Integral: numpy's integers. SymInt: torch.export.
+        if isinstance(size, bool) or not isinstance(size, (int, Integral, torch.SymInt)):
+            raise TypeError(f"[{op}] {name} is a {type(size).__name__}, expected an int")
+
+
+def check_number(op: str, name: str, value: float) -> None:
+    """Raises TypeError for what is not a number."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"[{op}] {name} is a {type(value).__name__}, expected a float")
+
+
 def check_scale(op: str, scale: float) -> None:
-    """Raises TypeError for a scale that is not a number."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"[{op}] scale is a {type(scale).__name__}, expected a float")
+    """`check_number` of a scale."""
+    check_number(op, "scale", scale)
 
 
 def check_rank(op: str, rank: int, **tensors: Tensor | None) -> None:

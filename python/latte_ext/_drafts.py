@@ -8,14 +8,14 @@ over the same rows.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _mixer_ops, _ops
-from ._checks import check_type
+from ._checks import check_tensors, check_type
 
 Accepted = Sequence[int] | Tensor
 
@@ -91,11 +91,14 @@ def count_accepted(
     return counts.to(device, torch.int64), most
 
 
-def check_draft(op: str, draft: object, kind: type, key: Tensor, dim: int, channels: int) -> None:
+def check_draft(op: str, draft: object, kind: type, key: Tensor, dim: int, channels: int) -> int:
     """Raises TypeError or ValueError unless `draft` is a `kind` for a state with `key` (N,Hk,...).
 
     Args:
         dim, channels: last sizes of its k and v.
+
+    Returns:
+        w, its tokens.
     """
     check_type(op.strip("[]"), "draft", draft, kind)
     k, v = draft.k, draft.v  # type: ignore[attr-defined]
@@ -109,6 +112,15 @@ def check_draft(op: str, draft: object, kind: type, key: Tensor, dim: int, chann
             )
         if rows.device != key.device:
             raise RuntimeError(f"{op} draft.{name} is on {rows.device}, expected {key.device}")
+    return int(k.shape[2])
+
+
+def same_width(op: str, widths: Iterable[int]) -> int:
+    """The tokens of the parts of a draft; raises ValueError unless they have as many."""
+    found = list(widths)
+    if len(set(found)) > 1:
+        raise ValueError(f"{op} draft has parts of {found} tokens, expected as many in each")
+    return found[0]
 
 
 def commit_latents(
@@ -229,6 +241,7 @@ def rg_lru_commit(
     """
     op = "[rg_lru_commit]"
     _check_rows(op, state, 2, x=x, gate_a=gate_a, gate_x=gate_x)
+    check_tensors("rg_lru_commit", {"state": state, "log_lambda": log_lambda}, fresh=fresh)
     kept = ~_refused(op, state, x, accepted)
     after = _mixer_ops.rg_lru(
         x, gate_a, gate_x, log_lambda, kept, None, state.clone(), fresh, False
@@ -244,9 +257,7 @@ def _refused(op: str, state: Tensor, x: Tensor, accepted: Accepted) -> Tensor:
 
 def _check_rows(op: str, state: Tensor, rank: int, **rows: Tensor) -> None:
     """`state` has `rank` dimensions, and every x is (N,w,C) with its N and C, and the first's w."""
-    name = op.strip("[]")
-    for label, x in {"state": state, **rows}.items():
-        check_type(name, label, x, Tensor)
+    check_tensors(op.strip("[]"), {"state": state, **rows})
     if state.dim() != rank:
         raise ValueError(f"{op} state has shape {tuple(state.shape)}, expected {rank} dimensions")
     width = next(iter(rows.values())).shape[1:2]
@@ -254,5 +265,3 @@ def _check_rows(op: str, state: Tensor, rank: int, **rows: Tensor) -> None:
         expected = (state.shape[0], *(width or ("w",)), state.shape[-1])
         if tuple(x.shape) != expected:
             raise ValueError(f"{op} {label} has shape {tuple(x.shape)}, expected {expected}")
-        if x.device != state.device:
-            raise RuntimeError(f"{op} {label} is on {x.device}, expected {state.device} as state")

@@ -338,6 +338,8 @@ def _conv_step_fake(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tenso
 
 def _conv_step_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tensor) -> Tensor:
     y = _conv_step_fake(x, weight, bias, state)
+    if x.untyped_storage().data_ptr() == state.untyped_storage().data_ptr():
+        x = x.clone()  # the rows of the state move before x joins them
     _as_step(
         "short_conv", _core.short_conv_forward,
         x, weight, bias, None, state, y, state, True,

@@ -22,7 +22,7 @@ _VERSION = 1
 _TREE_VERSION = 2
 _MAX_RANK = 8
 # Part of the format: never renumber.
-_CODES = {
+CODES = {
     torch.float32: 1,
     torch.float64: 2,
     torch.bfloat16: 3,
@@ -31,7 +31,7 @@ _CODES = {
     torch.bool: 6,
     torch.int8: 7,
 }
-_DTYPES = {code: dtype for dtype, code in _CODES.items()}
+_DTYPES = {code: dtype for dtype, code in CODES.items()}
 
 
 def pack(kind: str, tensors: Sequence[Tensor]) -> bytes:
@@ -75,7 +75,7 @@ def unpack_tree(op: str, data: bytes | bytearray | memoryview) -> tuple[str, lis
 def _pack(prefix: bytes, tensors: Sequence[Tensor]) -> bytes:
     layouts, parts = [], []
     for x in tensors:
-        layouts.append(struct.pack(f"<BB{x.dim()}Q", _CODES[x.dtype], x.dim(), *x.shape))
+        layouts.append(struct.pack(f"<BB{x.dim()}Q", CODES[x.dtype], x.dim(), *x.shape))
         parts.append(_swapped(_bytes_of(x.detach().cpu().contiguous()), x.element_size()))
     header, payload = b"".join([_MAGIC, prefix, *layouts]), b"".join(parts)
     return header + _checksum(header) + payload + _checksum(payload)

@@ -10,7 +10,17 @@ import torch
 from torch import Tensor
 
 from . import _core
-from ._checks import check_beside, check_by_core, check_device, check_flags, check_scale, check_type
+from ._checks import (
+    check_beside,
+    check_by_core,
+    check_cu_seqlens,
+    check_dense,
+    check_device,
+    check_flags,
+    check_scale,
+    check_type,
+    reported_as,
+)
 from ._register import count_sequences
 from .window_cache import WindowCache, WindowSinks
 
@@ -23,6 +33,8 @@ def check_window(
         raise TypeError(f"[{op}] window is a {type(window).__name__}, expected an int")
     if window < minimum:
         raise ValueError(f"[{op}] window is {window}, expected at least {minimum}")
+    if window >= 1 << 62:  # positions are added to it
+        raise ValueError(f"[{op}] window is {window}, expected less than 2^62")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
     check_flags(op, causal=causal)
@@ -60,6 +72,7 @@ def sink_tensors(op: str, q: Tensor, sinks: WindowSinks | None) -> SinkTensors:
     position = sinks.position
     if position is not None:
         check_type(op, "sinks.position", position, Tensor)
+        check_dense(op, "sinks.position", position)
         check_device(op, "sinks.position", position.device, q)
         if position.dtype != torch.int64:
             raise TypeError(
@@ -134,6 +147,14 @@ def seen_by_window(
         return Seen(k, v, key_mask)
     if not causal:
         raise ValueError(f"[{op}] got a cache with causal=False, expected causal=True")
+    # Before a cache is put in front of them, so that messages tell what was given. The values of
+    # borders on a device are not looked at, which would wait for it.
+    check_cu_seqlens(op, cu_seqlens)
+    borders = cu_seqlens if q.device.type == "cpu" else None
+    with reported_as(op, "sliding_window_attention"):
+        check_window_by_core(
+            q, k, v, key_mask, borders, None, None, None, None, None, window, 0, causal, 1.0, 0.0
+        )
     sequences = count_sequences(q, cu_seqlens)
     if cache is None:
         # Only the cache that is returned matters.
@@ -145,6 +166,7 @@ def seen_by_window(
         )
     else:
         check_cache(op, q, cache)
+        cache.check(op, "cache.")
         for name, x, other in (("key", cache.key, k), ("value", cache.value, v)):
             expected = (sequences, k.shape[1], window, other.shape[3])
             if tuple(x.shape) != expected:

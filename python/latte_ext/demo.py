@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import _demo_timing as timing
+from ._command_line import check_folder, positive
 from ._demo_text import BYTES, Corpus, load_corpus, ngram_bits, window_starts
 from ._progress import Bar
 from .nn import VARIANTS, LatteConfig, LatteLM, save
@@ -60,7 +61,7 @@ class Result(NamedTuple):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the demo's options to `parser`."""
     parser.add_argument(
-        "--minutes", type=_positive(float), default=2.0, help="training time (default: 2)"
+        "--minutes", type=positive(float), default=2.0, help="training time (default: 2)"
     )
     parser.add_argument(
         "--variant", choices=VARIANTS, default=VARIANT, help=f"the model (default: {VARIANT})"
@@ -70,18 +71,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", type=Path, default=Path("latte_demo"), help="folder for what is saved"
     )
     parser.add_argument(
-        "--threads", type=_positive(int), help="CPU threads (default: the fastest number)"
+        "--threads", type=positive(int), help="CPU threads (default: the fastest number)"
     )
-
-
-def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
-    def parse(text: str) -> float:
-        number = kind(text)
-        if not 0 < number < math.inf:
-            raise argparse.ArgumentTypeError(f"got {text}, expected a positive number")
-        return number
-
-    return parse
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -97,12 +88,19 @@ def run(args: argparse.Namespace) -> int:
     Returns:
         0; 1 if the model ends less than 0.2 bits per byte below the trigram; 2 if the text cannot
         be read or is too short.
+
+    Raises:
+        SystemExit: nothing can be written to the folder of --out.
     """
     try:
         corpus = load_corpus(args.text, SEQUENCE)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        print(f"[demo] {args.text} is no readable text ({error.strerror})", file=sys.stderr)
+        return 2
+    except ValueError as error:
         print(error, file=sys.stderr)
         return 2
+    check_folder("demo", args.out)
     threads_before = torch.get_num_threads()
     try:
         torch.set_num_threads(args.threads or fastest_threads(threads_before, args.variant))
@@ -154,7 +152,6 @@ def _run(corpus: Corpus, variant: str, seconds: float, out: Path) -> bool:
     if any(row.sdpa_prefill is None for row in rows):
         print(f"-: would take longer than {timing.PREFILL_LIMIT:.0f} s a call, not measured")
 
-    out.mkdir(parents=True, exist_ok=True)
     result = {
         "source": corpus.source,
         "bytes": {"train": len(corpus.train), "held_out": len(corpus.held_out)},

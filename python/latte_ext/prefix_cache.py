@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import storage
+from ._checks import check_integers, check_type
 
 _SUFFIX = ".latte"
 
@@ -50,6 +51,8 @@ class PrefixCache:
         directory: str | os.PathLike[str] | None = None,
         model: str = "",
     ) -> None:
+        check_integers("PrefixCache", block=block, max_bytes=max_bytes)
+        check_type("PrefixCache", "model", model, str)
         if block < 1 or max_bytes < 0:
             raise ValueError(
                 f"[PrefixCache] block is {block} and max_bytes {max_bytes}, expected block >= 1 "
@@ -123,6 +126,7 @@ class PrefixCache:
         Returns:
             logits (1,V) of the token after the last, and the cache.
         """
+        check_type("PrefixCache.read", "tokens", tokens, Tensor)
         if tokens.dim() != 2 or tokens.shape[0] != 1 or not tokens.shape[1]:
             raise ValueError(
                 f"[PrefixCache.read] tokens has shape {tuple(tokens.shape)}, expected (1, T) "

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from . import _ops, reference
 from ._autograd import is_differentiated
+from ._checks import check_dense, check_integers
 from ._device import on_device
 from ._drafts import Accepted, LatentDraft, check_draft, commit_latents, count_accepted
 from ._select import Index, concat_states, scatter_states, select
@@ -52,8 +53,12 @@ class LatentState:
     mean: Tensor
 
     def __init__(self, max: Tensor, norm: Tensor, mean: Tensor) -> None:
-        _check("[LatentState]", {"max": max, "norm": norm}, mean)
         self.max, self.norm, self.mean = max, norm, mean
+        self.check("LatentState")
+
+    def check(self, op: str, prefix: str = "") -> None:
+        """Raises as the constructor, in the name of `op`, for tensors that were replaced since."""
+        _check(op, prefix, {"max": self.max, "norm": self.norm}, self.mean)
 
     @classmethod
     def empty(
@@ -67,6 +72,7 @@ class LatentState:
         dtype: torch.dtype = torch.float32,
     ) -> LatentState:
         """The state of `batch` >= 0 sequences without tokens; the other sizes are >= 1."""
+        check_integers("LatentState.empty", batch=batch, heads=heads, latents=latents, dim=dim)
         if batch < 0 or min(heads, latents, dim) < 1:
             raise ValueError(
                 f"[LatentState.empty] sizes are {(batch, heads, latents, dim)}, "
@@ -81,7 +87,7 @@ class LatentState:
 
         It has norm 1 and acts as one token with a value per latent; lse = -inf is an unused latent.
         """
-        _check("[LatentState.from_lse]", {"lse": lse}, mean)
+        _check("LatentState.from_lse", "", {"lse": lse}, mean)
         # The clone keeps a later step, which updates max in place, away from lse.
         return cls(*reference.token_state(lse.clone(), mean))
 
@@ -171,9 +177,9 @@ class LatentState:
         counts, most = count_accepted(op, accepted, self.batch, draft.k.shape[2], self.device)
         commit_latents(self.tensors(), draft, counts, most)
 
-    def check_draft(self, op: str, draft: object) -> None:
-        """Raises, in the name of `op`, for what is not a draft of this state."""
-        check_draft(op, draft, LatentDraft, self.mean, self.latents, self.dim)
+    def check_draft(self, op: str, draft: object) -> int:
+        """w of a draft of this state; raises, in the name of `op`, for anything else."""
+        return check_draft(op, draft, LatentDraft, self.mean, self.latents, self.dim)
 
     def select(self, index: Index) -> LatentState:
         """The states of some sequences, in new tensors, repeats allowed (beam search).
@@ -241,24 +247,29 @@ def _can_merge_by_kernel(a: LatentState, b: LatentState) -> bool:
     )
 
 
-def _check(op: str, logits: dict[str, Tensor], mean: Tensor) -> None:
+def _check(op: str, prefix: str, logits: dict[str, Tensor], mean: Tensor) -> None:
     """Holds mean, and every named tensor of logits, to the shapes of a state."""
     for name, x in {**logits, "mean": mean}.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"{op} {name} is a {type(x).__name__}, expected a Tensor")
+            raise TypeError(f"[{op}] {prefix}{name} is a {type(x).__name__}, expected a Tensor")
+        check_dense(op, prefix + name, x)
     if mean.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{op} mean has dtype {mean.dtype}, expected float32 or float64")
+        raise TypeError(f"[{op}] {prefix}mean has dtype {mean.dtype}, expected float32 or float64")
     if mean.dim() != 4 or 0 in mean.shape[1:]:
-        shape = tuple(mean.shape)
-        raise ValueError(f"{op} mean has shape {shape}, expected (N, Hk, L, D) with Hk, L, D >= 1")
+        raise ValueError(
+            f"[{op}] {prefix}mean has shape {tuple(mean.shape)}, expected (N, Hk, L, D) with "
+            "Hk, L, D >= 1"
+        )
     for name, x in logits.items():
+        label = f"[{op}] {prefix}{name}"
         if x.dtype != mean.dtype:
-            raise TypeError(f"{op} {name} has dtype {x.dtype}, expected {mean.dtype} as mean")
+            raise TypeError(f"{label} has dtype {x.dtype}, expected {mean.dtype} as mean")
         if x.shape != mean.shape[:3]:
-            got, expected = tuple(x.shape), tuple(mean.shape[:3])
-            raise ValueError(f"{op} {name} has shape {got}, expected {expected}: (N, Hk, L)")
+            raise ValueError(
+                f"{label} has shape {tuple(x.shape)}, expected {tuple(mean.shape[:3])}: (N, Hk, L)"
+            )
         if x.device != mean.device:
-            raise RuntimeError(f"{op} {name} is on {x.device}, expected {mean.device} as mean")
+            raise RuntimeError(f"{label} is on {x.device}, expected {mean.device} as mean")
 
 
 def _flatten(state: LatentState) -> tuple[list[Any], None]:

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from ._serialise import pack_tree, unpack_tree
+from ._serialise import CODES, pack_tree, unpack_tree
 from .state import LatentState
 
 _TENSOR, _NOTHING, _LIST = "Tensor", "None", "list"
@@ -123,6 +124,11 @@ def _describe(op: str, state: Any, tensors: list[Tensor]) -> Any:
     if state is None:
         return _NOTHING
     if isinstance(state, Tensor):
+        if state.dtype not in CODES or state.layout != torch.strided:
+            raise TypeError(
+                f"{op} state holds a tensor of {state.dtype} and {state.layout}, expected one of "
+                f"{', '.join(map(str, CODES))}, and torch.strided"
+            )
         tensors.append(state)
         return _TENSOR
     if type(state) is list:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from . import storage
-from ._checks import check_type
+from ._checks import check_dense, check_integers, check_type
 from ._drafts import (
     Accepted,
     MacchiatoDraft,
@@ -19,6 +19,7 @@ from ._drafts import (
     check_draft,
     commit_window,
     count_accepted,
+    same_width,
 )
 from ._select import Index, concat_states, scatter_states, select
 from ._serialise import pack, unpack
@@ -72,7 +73,11 @@ class WindowCache:
 
     def __init__(self, key: Tensor, value: Tensor, valid: Tensor, position: Tensor) -> None:
         self.key, self.value, self.valid, self.position = key, value, valid, position
-        _check(self)
+        self.check("WindowCache")
+
+    def check(self, op: str, prefix: str = "") -> None:
+        """Raises as the constructor, in the name of `op`, for tensors that were replaced since."""
+        _check(op, prefix, self)
 
     @classmethod
     def empty(
@@ -87,6 +92,9 @@ class WindowCache:
         dtype: torch.dtype = torch.float32,
     ) -> WindowCache:
         """The cache of `batch` >= 0 sequences without tokens; the other sizes are >= 1."""
+        check_integers(
+            "WindowCache.empty", batch=batch, heads=heads, window=window, key_dim=key_dim, dim=dim
+        )
         if batch < 0 or min(heads, window, key_dim, dim) < 1:
             raise ValueError(
                 f"[WindowCache.empty] sizes are {(batch, heads, window, key_dim, dim)}, "
@@ -157,9 +165,9 @@ class WindowCache:
         counts, _ = count_accepted(op, accepted, self.batch, draft.k.shape[2], self.device)
         commit_window(self.tensors(), draft, counts)
 
-    def check_draft(self, op: str, draft: object) -> None:
-        """Raises, in the name of `op`, for what is not a draft of this cache."""
-        check_draft(op, draft, WindowDraft, self.key, self.key.shape[3], self.value.shape[3])
+    def check_draft(self, op: str, draft: object) -> int:
+        """w of a draft of this cache; raises, in the name of `op`, for anything else."""
+        return check_draft(op, draft, WindowDraft, self.key, self.key.shape[3], self.value.shape[3])
 
     def clone(self) -> WindowCache:
         """A copy with memory of its own; differentiable."""
@@ -315,10 +323,11 @@ class MacchiatoState(NamedTuple):
         if self.window is not None:
             self.window.commit(draft.window, accepted)  # type: ignore[arg-type]
 
-    def check_draft(self, op: str, draft: object) -> None:
-        """Raises, in the name of `op`, for what is not a draft of this state."""
+    def check_draft(self, op: str, draft: object) -> int:
+        """w of a draft of this state; raises, in the name of `op`, for anything else."""
         check_type(op.strip("[]"), "draft", draft, MacchiatoDraft)
         assert isinstance(draft, MacchiatoDraft)
+        widths = []
         for name, part, drafted in zip(self._fields, self, draft, strict=True):
             if (part is None) != (drafted is None):
                 raise TypeError(
@@ -326,7 +335,8 @@ class MacchiatoState(NamedTuple):
                     f"{type(part).__name__}, expected a draft of this state"
                 )
             if part is not None:
-                part.check_draft(op, drafted)
+                widths.append(part.check_draft(op, drafted))
+        return same_width(op, widths)
 
     def to_bytes(self) -> bytes:
         """The state in a portable form, as `latte_ext.storage.to_bytes`."""
@@ -367,8 +377,7 @@ storage.register_kind(
 )
 
 
-def _check(cache: WindowCache) -> None:
-    op = "[WindowCache]"
+def _check(op: str, prefix: str, cache: WindowCache) -> None:
     floating = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     dtypes = {
         "key": floating,
@@ -376,23 +385,27 @@ def _check(cache: WindowCache) -> None:
         "valid": (torch.bool,),
         "position": (torch.int64,),
     }
-    for name, x in zip(_FIELDS, cache, strict=True):
+    for field, x in zip(_FIELDS, cache, strict=True):
+        name = prefix + field
         if not isinstance(x, Tensor):
-            raise TypeError(f"{op} {name} is a {type(x).__name__}, expected a Tensor")
-        if x.dtype not in dtypes[name]:
-            expected = " or ".join(str(dtype) for dtype in dtypes[name])
-            raise TypeError(f"{op} {name} has dtype {x.dtype}, expected {expected}")
+            raise TypeError(f"[{op}] {name} is a {type(x).__name__}, expected a Tensor")
+        check_dense(op, name, x)
+        if x.dtype not in dtypes[field]:
+            expected = " or ".join(str(dtype) for dtype in dtypes[field])
+            raise TypeError(f"[{op}] {name} has dtype {x.dtype}, expected {expected}")
         if x.device != cache.key.device:
-            raise RuntimeError(f"{op} {name} is on {x.device}, expected {cache.key.device} as key")
+            raise RuntimeError(
+                f"[{op}] {name} is on {x.device}, expected {cache.key.device} as key"
+            )
     key = cache.key
     if key.dim() != 4 or 0 in key.shape[1:]:
         raise ValueError(
-            f"{op} key has shape {tuple(key.shape)}, expected (N, Hk, window, Dk) with "
+            f"[{op}] {prefix}key has shape {tuple(key.shape)}, expected (N, Hk, window, Dk) with "
             "Hk, window, Dk >= 1"
         )
     if cache.value.dim() != 4 or cache.value.shape[:3] != key.shape[:3] or not cache.value.shape[3]:
         raise ValueError(
-            f"{op} value has shape {tuple(cache.value.shape)}, expected "
+            f"[{op}] {prefix}value has shape {tuple(cache.value.shape)}, expected "
             f"{(*key.shape[:3], 'D')}: (N, Hk, window, D) with D >= 1"
         )
     for name, x, shape in (
@@ -400,7 +413,7 @@ def _check(cache: WindowCache) -> None:
         ("position", cache.position, (key.shape[0],)),
     ):
         if tuple(x.shape) != shape:
-            raise ValueError(f"{op} {name} has shape {tuple(x.shape)}, expected {shape}")
+            raise ValueError(f"[{op}] {prefix}{name} has shape {tuple(x.shape)}, expected {shape}")
 
 
 def _flatten(cache: WindowCache) -> tuple[list[Any], None]:

@@ -127,6 +127,14 @@ TEST_F(ForwardErrors, NoData) {
   p_.v.data = nullptr;
   rejected(Kind::value, {"v has no data"});
 }
+TEST_F(ForwardErrors, Sizes) {
+  for (const int64_t tokens : {int64_t{-1}, int64_t{1} << 62}) {
+    for (latte::Tensor* t : {&p_.q, &p_.k, &p_.v, &p_.y}) t->shape[2] = tokens;
+    p_.key_mask = {};
+    rejected(Kind::value, {"q has shape (2, 4, " + std::to_string(tokens) + ", 5)",
+                           "expected sizes from 0, at most 2^48 elements"});
+  }
+}
 TEST_F(ForwardErrors, ExpandedOutput) {
   p_.y.stride[2] = 0;
   rejected(Kind::value, {"y has stride 0 in dimension 2"});
@@ -269,6 +277,9 @@ TEST(StepErrors, Arguments) {
   p = good;
   p.state.norm.stride[0] = 4;
   expect_rejected(p, Kind::value, {"state.norm has stride 4 in dimension 0 of shape (2, 1, 5)"});
+  p = good;
+  p.state.norm.data = p.state.max.data;
+  expect_rejected(p, Kind::value, {"state.max has the memory of state.norm", "expected memory"});
   p = good;
   p.y.dtype = DType::float64;
   expect_rejected(p, Kind::type, {"y has dtype float64", "expected float32"});

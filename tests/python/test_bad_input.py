@@ -37,6 +37,12 @@ def empty_state(*shape: int, dtype: torch.dtype = torch.float32) -> LatentState:
     return LatentState.empty(*(shape or (B, HK, L, D)), dtype=dtype)
 
 
+def replaced_state(max: Tensor | None) -> LatentState:
+    state = empty_state()
+    state.max = max  # type: ignore[assignment]
+    return state
+
+
 @dataclasses.dataclass(frozen=True)
 class Bad:
     """A change of the good arguments and what has to be said about it."""
@@ -158,6 +164,13 @@ FORWARD: dict[str, Bad] = {
     ),
     "k_sparse": Bad(
         lambda: {"k": zeros(B, HK, T, L).to_sparse()}, TypeError, "k has", "sparse", "strided"
+    ),
+    "q_nested": Bad(
+        lambda: {"q": torch.nested.nested_tensor([zeros(H, T, L)] * B, layout=torch.jagged)},
+        TypeError,
+        "q is",
+        "nested",
+        "plain",
     ),
     # Mask
     "mask_list": Bad(lambda: {"key_mask": [[True]]}, TypeError, "key_mask is", "list", "Tensor"),
@@ -306,6 +319,16 @@ FORWARD: dict[str, Bad] = {
         r"\(1, 2, 3\)",
         r"\(2, 2, 3\)",
     ),
+    "state_replaced": Bad(
+        lambda: {"state": replaced_state(empty_state().max.to("meta"))},
+        RuntimeError,
+        "state.max is on",
+        "meta",
+        HERE,
+    ),
+    "state_part_none": Bad(
+        lambda: {"state": replaced_state(None)}, TypeError, "state.max is", "NoneType", "Tensor"
+    ),
     # Options
     "scale_nan": Bad(lambda: {"scale": torch.nan}, ValueError, "scale is", "nan", "finite"),
     "scale_infinite": Bad(lambda: {"scale": torch.inf}, ValueError, "scale is", "inf", "finite"),
@@ -413,6 +436,20 @@ STEP: dict[str, Bad] = {
         "state.max has dtype",
         "float64",
         "float32",
+    ),
+    "state_negated": Bad(
+        lambda: {"state": LatentState(*map(torch._neg_view, empty_state()))},
+        RuntimeError,
+        "max",
+        "negated lazily",
+        "memory",
+    ),
+    "state_of_one_memory": Bad(
+        lambda: {"state": LatentState(*[zeros(B, HK, L)] * 2, zeros(B, HK, L, D))},
+        ValueError,
+        "state.max has",
+        "the memory of state.norm",
+        "of its own",
     ),
     "state_expanded": Bad(
         lambda: {"state": LatentState(*(x[:1].expand_as(x) for x in empty_state()))},

@@ -446,8 +446,35 @@ def test_bad_inputs_of_windows_and_mixers() -> None:
         latte_ext.rg_lru_commit(rows(N, 6), x, x, x[:, :2], rows(6), [0] * N)
     with pytest.raises(ValueError, match=r"^\[linear_recurrence_commit\] accepted is"):
         latte_ext.linear_recurrence_commit(rows(N, 6), x, x, [4] * N)
-    with pytest.raises(ValueError, match=r"^\[LatteLM\] draft got tokens of shape"):
+    with pytest.raises(ValueError, match=r"^\[LatteLM\] tokens has shape"):
         language_model("latte").draft(torch.zeros(3, dtype=torch.int64), [])
+
+
+@pytest.mark.parametrize("variant", ["latte-conv-swa++", "latte-rglru-swa++"])
+def test_a_refused_call_leaves_every_layer(variant: str) -> None:
+    model, tokens = language_model(variant), torch.randint(32, (N, 5))
+    _, cache = model.prefill(tokens)
+    before = [layer.clone() for layer in cache]
+    _, draft = model.draft(tokens, cache)
+    short = model.draft(tokens[:, :2], cache)[1]
+    other = [cache[0], *(layer.select([0, 1]) for layer in cache[1:])]
+    missing = [cache[0], *(layer._replace(mixer=None) for layer in cache[1:])]
+    part = draft[-1]._replace(attention=draft[-1].attention._replace(window=None))
+    for error, call in (
+        (ValueError, lambda: model.commit(cache, draft[:1], [1] * N)),
+        (ValueError, lambda: model.commit(cache, [draft[0], *short[1:]], [1] * N)),
+        (ValueError, lambda: model.commit(cache, draft, [1, 2, 6])),
+        (TypeError, lambda: model.commit(cache, [*draft[:-1], part], [1] * N)),
+        (ValueError, lambda: model.step(tokens[:, 0], cache[:1])),
+        (ValueError, lambda: model.step(tokens[:, 0], other)),
+        (ValueError, lambda: model.step(tokens, cache)),
+        (TypeError, lambda: model.step(tokens[:, 0], missing)),
+        (TypeError, lambda: model.step(tokens[:, 0], None)),  # type: ignore[arg-type]
+        (TypeError, lambda: model.step([1] * N, cache)),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(error, match=r"^\[[\w.]+\] .*, expected"):
+            call()
+        same_bits(cache, before)
 
 
 @pytest.mark.parametrize(("sequences", "width"), [(0, 3), (3, 0), (0, 0)])

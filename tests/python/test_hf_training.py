@@ -285,5 +285,15 @@ def test_extend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--resume"]) == 0
     model = hf.load_adapter(tiny(), out / "adapter")
     assert model.config.latte["window"] == 16
-    with pytest.raises(SystemExit, match=r"\[extend\] .* does not exist"):
-        main([*command[:4], str(tmp_path / "nothing"), *command[5:]])
+    nothing = str(tmp_path / "nothing")
+    for index, message in (
+        (command.index("--text"), "does not exist"),
+        (command.index("--evaluate"), "of --evaluate is no file"),
+        (command.index("--model"), "expected a folder of save_pretrained"),
+    ):
+        with pytest.raises(SystemExit, match=r"\[extend\] .*" + message):
+            main([*command[: index + 1], nothing, *command[index + 2 :]])
+    for option, value in (("--layers", "1,x"), ("--minutes", "-1"), ("--mixer", "ssm")):
+        with pytest.raises(SystemExit, match="2"):
+            main([*command, option, value])
+        assert f"argument {option}: " in capsys.readouterr().err

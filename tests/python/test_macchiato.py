@@ -269,6 +269,7 @@ def test_gradcheck_through_state_and_sinks() -> None:
 
 def bad_calls() -> Iterator[tuple[str, dict[str, object], type[Exception], str]]:
     q_latent, k_latent, q, _, _ = macchiato_inputs(dtype=torch.float32)
+    yield "sparse", {"k_latent": k_latent.to_sparse()}, TypeError, r"k_latent has layout .*sparse"
     yield "columns", {"q_latent": q_latent[..., 1:]}, ValueError, r"q_latent has shape .*, expected"
     yield "tokens", {"k_latent": k_latent[:, :, 1:]}, ValueError, r"k_latent has shape"
     three = k_latent.expand(-1, 3, -1, -1)

@@ -35,6 +35,37 @@ def test_an_installation_without_the_cpp_files(
         command.main(["--cmake-dir"])
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["demo", "--out", "FILE"], "[demo] FILE cannot be written to (File exists), expected a"),
+        (["demo", "--out", "FILE/x"], "[demo] FILE/x cannot be written to"),
+        (["bench", "--out", "FILE"], "[bench] FILE cannot be written to"),
+        (["bench", "--json", "FILE/x"], "[bench] FILE cannot be written to"),
+        (["bench", "--plot", "."], "[bench] . is a folder, expected the name of a file"),
+    ],
+)
+def test_results_need_a_place_before_the_work(
+    options: list[str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("FILE").touch()
+    with pytest.raises(SystemExit) as stopped:
+        command.main(options)
+    assert str(stopped.value).startswith(message)
+
+
+def test_an_interrupted_command_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "info", interrupt)
+    assert command.main(["info"]) == 130
+    assert "[info] interrupted" in capsys.readouterr().err
+
+
 def test_a_command_is_required(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         command.main([])

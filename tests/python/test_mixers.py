@@ -200,6 +200,17 @@ def test_conv_steps(width: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.devices
+@pytest.mark.parametrize("row", [0, 1, 2])
+def test_conv_step_of_a_row_of_its_state(row: int) -> None:
+    weight, state = torch.randn(18, 4), torch.randn(2, 3, 18)
+    apart, x = state.clone(), state[:, row].clone()
+    assert torch.equal(
+        short_conv_step(state[:, row], weight, None, state), short_conv_step(x, weight, None, apart)
+    )
+    assert torch.equal(state, apart)
+
+
+@pytest.mark.devices
 def test_fresh() -> None:
     """A fresh sequence starts here, the others go on."""
     call = make_call("rg_lru", 9, 18, state=True)

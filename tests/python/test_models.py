@@ -149,6 +149,28 @@ def test_bad_parts_raise(call: Callable[[], object]) -> None:
         call()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: config("latte", embed_dim="16"),
+        lambda: config("latte", window=4.0),
+        lambda: config("latte", num_layers=True),
+        lambda: config("latte", head_dim=2.5),
+        lambda: config("latte", dropout=None),
+        lambda: config("latte", tie_head=1),
+        lambda: MacchiatoAttention(16, "4", 5, window=3),  # type: ignore[arg-type]
+        lambda: MacchiatoAttention(16, 4, 5, window=3)([1]),  # type: ignore[arg-type]
+        lambda: MacchiatoAttention(16, 4, 5, window=0)(torch.randn(1, 3, 16), state=3),  # type: ignore[arg-type]
+        lambda: LatteLM(config("latte"))(random_tokens(2), key_mask=[True]),  # type: ignore[arg-type]
+        lambda: LatteLM(config("latte")).prefill(random_tokens(1), cu_seqlens=[0, 3]),  # type: ignore[arg-type]
+        lambda: LatteLM(config("latte"))(random_tokens(2), cache=[3, 3]),  # type: ignore[list-item]
+    ],
+)
+def test_other_types_raise(call: Callable[[], object]) -> None:
+    with pytest.raises(TypeError, match=r"^\[\w+\] .* is a \w+, expected"):
+        call()
+
+
 # The layer
 
 

@@ -330,6 +330,13 @@ def test_what_it_cannot_honour_raises(causal: bool, options: dict[str, object]) 
         attention(**{"query": x, "key": x, "value": x} | options)
 
 
+@pytest.mark.parametrize("name", ["query", "key", "value", "key_padding_mask"])
+def test_other_types_raise(name: str) -> None:
+    x = torch.randn(2, TOKENS, 16)
+    with pytest.raises(TypeError, match=rf"^\[Multi\w+\] {name} is a list, expected a Tensor"):
+        MultiheadLatentAttention(16, 4, 5)(**{"query": x, "key": x, "value": x} | {name: [1]})
+
+
 # The models
 
 

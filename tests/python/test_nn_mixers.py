@@ -155,6 +155,13 @@ def test_bad_arguments() -> None:
     x = torch.randn(1, 3, 5)
     with pytest.raises(ValueError, match=r"\[RGLRU\] x has shape.*C = 4"):
         RGLRU(4)(x)
+    with pytest.raises(TypeError, match=r"^\[RGLRU\] state is a Tensor, expected a RecurrentState"):
+        RGLRU(5)(x, state=torch.zeros(1, 5))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^\[ShortConv\] key_mask has shape \(1, 3\), expected"):
+        ShortConv(5)(x.expand(2, -1, -1), key_mask=torch.ones(1, 3).bool())
+    for kind in (RGLRU, ShortConv):
+        with pytest.raises(TypeError, match=r"channels is a float, expected an int"):
+            kind(4.0)  # type: ignore[arg-type]
     for module in modules(causal=False):
         with pytest.raises(ValueError, match="causal=False, expected"):
             module(torch.randn(1, 3, CHANNELS), return_state=True)

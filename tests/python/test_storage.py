@@ -115,6 +115,9 @@ def test_parts_of_other_batches_raise() -> None:
 def test_what_cannot_be_stored_raises() -> None:
     with pytest.raises(TypeError, match=r"^\[to_bytes\] state holds a dict, expected"):
         storage.to_bytes({"a": X})
+    for x in (torch.zeros(2, dtype=torch.complex64), torch.eye(2).to_sparse()):
+        with pytest.raises(TypeError, match=r"^\[to_bytes\] state holds a tensor of .*, expected"):
+            storage.to_bytes(x)
 
 
 def damaged(data: bytes, random: random.Random) -> bytes:

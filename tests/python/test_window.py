@@ -247,6 +247,12 @@ def test_cache_object() -> None:
 def bad_calls() -> Iterator[tuple[str, dict[str, object], type[Exception], str]]:
     q, k, v = attention_inputs(dtype=torch.float32)
     yield "window_0", {"window": 0}, ValueError, r"window is 0, expected at least 1"
+    yield "window_2^63", {"window": 1 << 63}, ValueError, r"window is \d+, expected less than 2"
+    yield "q_scalar", {"q": torch.tensor(1.0)}, ValueError, r"q has shape \(\), expected 4"
+    yield "v_batch", {"v": v[:1]}, ValueError, r"v has shape .*, expected \(2, 2, 23, 6\)"
+    for bad in ([0, 9, 8, 23], [1, 23], [0, 24], [[0, 23]]):
+        packed = {"q": q[:1], "k": k[:1], "v": v[:1], "cu_seqlens": torch.tensor(bad)}
+        yield f"borders_{bad}", packed, ValueError, r"cu_seqlens.* (is|ends|has) .*, expected"
     yield "window_type", {"window": 2.0}, TypeError, r"window is a float, expected an int"
     yield "q_rank", {"q": q[0]}, ValueError, r"q has shape .*, expected 4 dimensions"
     yield "k_dim", {"k": k[..., :2]}, ValueError, r"k has shape .*, expected \(2, 2, 23, 5\)"
@@ -267,10 +273,18 @@ def bad_calls() -> Iterator[tuple[str, dict[str, object], type[Exception], str]]
             r"softcap is .*, expected a pos",
         )
     yield "softcap_type", {"softcap": "1"}, TypeError, r"softcap is a str, expected a float"
-    yield "mask", {"key_mask": torch.ones(2, 5).bool()}, ValueError, r"key_mask has shape"
+    yield "mask", {"key_mask": torch.ones(2, 5).bool()}, ValueError, r"key_mask has shape .*\(2, 23"
     yield "borders", {"cu_seqlens": torch.tensor([0, 23])}, ValueError, r"q has batch 2, expected 1"
     cache = WindowCache.empty(2, 2, 4, 5, 6)
     yield "cache", {"cache": cache}, ValueError, r"cache.key has shape .*, expected \(2, 2, 3, 5\)"
+    replaced = WindowCache.empty(2, 2, 3, 5, 6)
+    replaced.valid = replaced.valid[:, :2]
+    yield (
+        "cache_valid",
+        {"cache": replaced},
+        ValueError,
+        r"cache.valid has shape \(2, 2\), expected",
+    )
     yield "cache_type", {"cache": 3}, TypeError, r"cache is a int, expected a WindowCache"
     symmetric = {"causal": False, "return_cache": True}
     yield "symmetric_cache", symmetric, ValueError, r"causal=False, expected causal=True"
@@ -284,18 +298,26 @@ def bad_calls() -> Iterator[tuple[str, dict[str, object], type[Exception], str]]
     for position, error in ((torch.zeros(2, 2), TypeError), (torch.zeros(2, 1).long(), ValueError)):
         placed = WindowSinks(q, k[:, :, :2], v[:, :, :2], position)
         yield f"position_{error.__name__}", {"sinks": placed}, error, r"sinks.position has"
+    yield (
+        "sinks_sparse",
+        {"sinks": sinks._replace(k=k.to_sparse())},
+        TypeError,
+        r"sinks.k has layout",
+    )
     yield "sinks_type", {"sinks": 1}, TypeError, r"sinks is a int, expected a WindowSinks"
     yield "backend", {"backend": "gpu"}, ValueError, r"backend is 'gpu', expected"
 
 
 @pytest.mark.parametrize("case", list(bad_calls()), ids=lambda case: case[0])
-@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(
+    "way", [{}, {"backend": "reference"}, {"return_cache": True}], ids=["", "reference", "cache"]
+)
 def test_bad_input(
-    case: tuple[str, dict[str, object], type[Exception], str], backend: str | None
+    case: tuple[str, dict[str, object], type[Exception], str], way: dict[str, object]
 ) -> None:
     q, k, v = attention_inputs(dtype=torch.float32)
     _, change, error, text = case
-    arguments = {"q": q, "k": k, "v": v, "window": 3, "backend": backend} | change
+    arguments = {"q": q, "k": k, "v": v, "window": 3} | way | change
     with pytest.raises(error, match=r"^\[sliding_window_attention\] .*" + text):
         sliding_window_attention(**arguments)  # type: ignore[call-overload]
 

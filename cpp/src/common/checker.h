@@ -65,10 +65,17 @@ class BaseChecker {
     memory(name, t);
   }
 
+  // A tensor of this rank may be there: sizes that no workspace overflows by, memory unless empty.
   void memory(const char* name, const Tensor& t) const {
-    bool empty = false;
-    for (int64_t i = 0; i < t.rank; ++i) empty |= t.shape[i] == 0;
-    if (!t.data && !empty)
+    constexpr int64_t kMost = int64_t{1} << 48;
+    int64_t count = 1;
+    for (int64_t i = 0; i < t.rank; ++i) {
+      if (t.shape[i] < 0 || (count > 0 && t.shape[i] > kMost / count))
+        fail(Error::Kind::value, std::string(name) + " has shape " + shape_text(t.shape, t.rank) +
+                                     ", expected sizes from 0, at most 2^48 elements");
+      count *= t.shape[i];
+    }
+    if (!t.data && count > 0)
       fail(Error::Kind::value, std::string(name) + " has no data, expected a pointer to memory");
   }
 
@@ -102,6 +109,16 @@ class BaseChecker {
                                      shape_text(t.shape, t.rank) +
                                      ", expected an output that addresses each element once");
     }
+  }
+
+  // Two outputs are not the same memory. (That they overlap elsewhere is not looked for: fields of
+  // a packed buffer interleave.)
+  void apart(const char* name, const Tensor& a, const char* other, const Tensor& b) const {
+    bool empty = false;
+    for (int64_t i = 0; i < a.rank; ++i) empty |= a.shape[i] == 0;
+    if (!empty && a.data == b.data)
+      fail(Error::Kind::value,
+           std::string(name) + " has the memory of " + other + ", expected memory of its own");
   }
 
   // The number of sequences packed along the tokens of `name`, whose batch must be 1.

@@ -68,6 +68,7 @@ class Checker : public BaseChecker {
       dtype(name, *fields[i], {compute});
       if (access == Access::write) writable(name, *fields[i]);
     }
+    if (access == Access::write && names[0]) apart(names[0], s.max, names[1], s.norm);
   }
 
   void grouped(const Problem& p) const {
@@ -251,7 +252,9 @@ void validate_sinks(const Checker& check, const Params& p, WindowProblem& proble
   if (!present(p.q_sink) && !present(p.k_sink) && !present(p.v_sink)) return;
   check.rank("sinks.k", p.k_sink, 4, "(sequences, key/value heads, sinks, key channels)");
   problem.sinks = p.k_sink.shape[2];
-  if (problem.sinks < 1) check.fail(Kind::value, "sinks.k has 0 sinks, expected at least 1");
+  if (problem.sinks < 1)
+    check.fail(Kind::value,
+               "sinks.k has " + std::to_string(problem.sinks) + " sinks, expected at least 1");
   const int64_t (&q)[4] = p.q.shape;
   if (p.q.rank == 4) {
     check.shape("sinks.q", p.q_sink, {q[0], q[1], q[2], q[3]}, "the shape of q");
@@ -391,6 +394,7 @@ WindowProblem validate_step(const Checker& check, const SlidingWindowStep& p) {
   };
   ring("cache.key", p.ring.key, problem.key_dim);
   ring("cache.value", p.ring.value, problem.dim);
+  check.apart("cache.key", p.ring.key, "cache.value", p.ring.value);
   check.shape("cache.valid", p.ring.valid, {problem.batch, window}, "(sequences, window)");
   check.dtype("cache.valid", p.ring.valid, {DType::boolean});
   check.writable("cache.valid", p.ring.valid);

@@ -31,7 +31,8 @@ class Checker : public BaseChecker {
     p.tokens = x.shape[1];
     p.channels = x.shape[2];
     if (p.channels < 1)
-      fail(Kind::value, std::string(name) + " has 0 channels, expected at least 1");
+      fail(Kind::value, std::string(name) + " has " + std::to_string(p.channels) +
+                            " channels, expected at least 1");
     memory(name, x);
     if (present(cu_seqlens)) {
       p.packed = true;

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from .._command_line import check_file, check_folder
 from .._progress import Bar
 from . import cuda, mixers, overhead, report, tune, window
 from .cases import EXTRA_GROUPS, SIZES, Bench
@@ -56,6 +57,11 @@ def run(args: argparse.Namespace) -> int:
     if args.overhead:
         print(overhead.table(overhead.measure()))
         return 0
+    for file in (args.json, args.plot):
+        if file is not None:
+            check_file("bench", file)
+    if args.out is not None:
+        check_folder("bench", args.out)
     if args.tune is not None:
         return tune.run(args.size, args.tune)
     if args.device == "cuda":
@@ -74,7 +80,6 @@ def run(args: argparse.Namespace) -> int:
     json_paths = [] if args.json is None else [args.json]
     plots = [] if args.plot is None else [args.plot]
     if args.out is not None:
-        args.out.mkdir(parents=True, exist_ok=True)
         stem = report.file_stem(facts["cpu"])
         json_paths.append(args.out / f"{stem}.json")
         plots.append(args.out / f"{stem}.png")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from .._command_line import check_folder, positive
 from .._progress import Bar
 from .convert import convert, save_adapter
 from .evaluation import (
@@ -50,37 +51,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     option("--text", Path, None, "files or folders to train on", nargs="+", required=True)
     option("--evaluate", Path, [], "documents to measure on; not trained on", nargs="+")
     option("--out", Path, Path("extended"), "where checkpoint, adapter and report go")
-    option("--minutes", float, 15.0, "of training; the first steps tell how many that makes")
-    option("--steps", int, None, "of training, instead of --minutes")
-    option("--window", int, 256, "tokens that attention sees")
+    option(
+        "--minutes", positive(float), 15.0, "of training; the first steps tell how many that makes"
+    )
+    option("--steps", positive(int), None, "of training, instead of --minutes")
+    option("--window", positive(int), 256, "tokens that attention sees")
     option("--sinks", int, 4, "first tokens that stay visible")
     option("--latents", int, 64, "per head")
-    option("--layers", str, "suggest", "with latents: suggest, all, or a list such as 3,4,7")
-    option("--mixer", str, "none", "in front of the latents: none, conv or rglru")
+    option("--layers", layers, "suggest", "with latents: suggest, all, or a list such as 3,4,7")
+    option("--mixer", str, "none", "in front of the latents", choices=["none", "conv", "rglru"])
     option("--output-rank", int, 0, "of a trained addition to the output projections")
     option("--gate", float, 3.0, "the window starts with 1 / (1 + exp(-gate)) of a token's weight")
-    option("--tokens", int, 2048, "of a training text")
-    option("--batch", int, 1, "training texts per step")
-    option("--rate", float, Recipe.rate, "highest learning rate")
+    option("--tokens", positive(int), 2048, "of a training text")
+    option("--batch", positive(int), 1, "training texts per step")
+    option("--rate", positive(float), Recipe.rate, "highest learning rate")
     option("--teacher", float, Recipe.teacher, "weight of the pretrained model as a teacher")
     option("--layerwise", int, 0, "steps of a layer-wise warm start")
-    option("--length", int, 16384, "tokens of an evaluated document")
+    option("--length", positive(int), 16384, "tokens of an evaluated document")
     option("--seed", int, 0, "of weights and texts")
     parser.add_argument("--decay", action="store_true", help="latents that forget at trained rates")
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
     parser.add_argument("--skip-full", action="store_true", help="do not run full attention")
 
 
+def layers(text: str) -> str | list[int]:
+    """The type of --layers."""
+    if text in ("suggest", "all"):
+        return text
+    try:
+        return [int(index) for index in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text}, expected suggest, all, or a list such as 3,4,7"
+        ) from None
+
+
 def run(args: argparse.Namespace) -> int:
     """The whole of it; see the module."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(args.seed)
-    print(f"loading {args.model}", flush=True)
-    model, tokenizer = load(args.model)
+    check_folder("extend", args.out)
+    for path in args.evaluate:
+        if not path.is_file():
+            raise SystemExit(f"[extend] {path} of --evaluate is no file, expected a document")
     held_out = {path.resolve() for path in args.evaluate}
     files = [path for path in text_files(args.text) if path.resolve() not in held_out]
     if not files:
         raise SystemExit("[extend] --text has no file that is not in --evaluate, expected some")
+    torch.manual_seed(args.seed)
+    print(f"loading {args.model}", flush=True)
+    try:
+        model, tokenizer = load(args.model)
+    except (OSError, ValueError) as error:
+        raise SystemExit(
+            f"[extend] --model is {args.model}, expected a folder of save_pretrained or a .gguf "
+            f"file ({error})"
+        ) from error
     texts = torch.cat([tokenize(tokenizer, path) for path in files])
     print(f"{texts.shape[0]:,} tokens of {len(files)} files to train on", flush=True)
     convert(
@@ -149,7 +173,7 @@ def choose_layers(model: Any, texts: Tensor, args: argparse.Namespace) -> list[i
     if args.layers == "all":
         return None
     if args.layers != "suggest":
-        return [int(index) for index in args.layers.split(",")]
+        return list(args.layers)
     length = min(8 * args.window, texts.shape[0] - 1)
     ids = texts[: texts.shape[0] // length * length].view(-1, length)
     # A text from each quarter.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._checks import check_integers, check_number, check_type
 from .._drafts import LatentDraft
 from ..draft import latent_attention_draft
 from ..functional import latent_attention_step
@@ -39,6 +40,7 @@ def check_sizes(
     sizes = {"embed_dim": embed_dim, "num_heads": num_heads, **groups}
     if head_dim is not None:
         sizes["head_dim"] = head_dim
+    check_integers(op.strip("[]"), **sizes)
     for name, size in sizes.items():
         if size < 1:
             raise ValueError(f"{op} {name} is {size}, expected a positive number")
@@ -57,12 +59,14 @@ def check_sizes(
 def check_rates(op: str, **rates: float) -> None:
     """Dropout rates are in [0, 1)."""
     for name, rate in rates.items():
+        check_number(op.strip("[]"), name, rate)
         if not 0 <= rate < 1:
             raise ValueError(f"{op} {name} is {rate}, expected a rate in [0, 1)")
 
 
 def check_input(op: str, name: str, x: Tensor, rank: int, embed_dim: int) -> None:
     """x is (B,T,E), or (N,E) where rank is 2."""
+    check_type(op.strip("[]"), name, x, Tensor)
     if x.dim() != rank or x.shape[-1] != embed_dim:
         axes = "(B, T, E)" if rank == 3 else "(N, E)"
         raise ValueError(
@@ -129,9 +133,11 @@ class LatentAttention(nn.Module):
         kv_heads = num_heads if kv_heads is None else kv_heads
         op = "[LatentAttention]"
         check_sizes(op, embed_dim, num_heads, head_dim, kv_heads=kv_heads)
+        check_integers("LatentAttention", num_latents=num_latents)
         if num_latents < 1:
             raise ValueError(f"{op} num_latents is {num_latents}, expected a positive number")
         check_rates(op, dropout=dropout, latent_dropout=latent_dropout)
+        check_number("LatentAttention", "scale", scale)
         if not 0 < scale < math.inf:
             raise ValueError(f"{op} scale is {scale}, expected a positive number")
 

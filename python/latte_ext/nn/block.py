@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from .._checks import check_type
-from .._drafts import Accepted, MacchiatoDraft, short_conv_commit
+from .._drafts import Accepted, MacchiatoDraft, same_width, short_conv_commit
 from .._select import Index, concat_states, scatter_states, select
 from ..storage import register_kind
 from ..window_cache import MacchiatoState
@@ -84,16 +84,24 @@ class LayerCache(NamedTuple):
             ValueError: a draft of other shapes, accepted out of range.
             TypeError: types.
         """
-        check_type("LayerCache.commit", "draft", draft, LayerDraft)
-        kind = _DRAFT_KINDS[type(self.mixer)]
-        check_type("LayerCache.commit", "draft.mixer", draft.mixer, kind)
         # Nothing is written before all of it has been checked.
-        self.attention.check_draft("[LayerCache.commit]", draft.attention)
+        self.check_draft("[LayerCache.commit]", draft)
         if isinstance(self.mixer, RecurrentState):
             self.mixer.commit(draft.mixer, accepted)  # type: ignore[arg-type]
         elif self.mixer is not None:
             short_conv_commit(self.mixer, draft.mixer.x, accepted)  # type: ignore[union-attr]
         self.attention.commit(draft.attention, accepted)
+
+    def check_draft(self, op: str, draft: object) -> int:
+        """w of a draft of this cache; raises, in the name of `op`, for anything else."""
+        name = op.strip("[]")
+        check_type(name, "draft", draft, LayerDraft)
+        assert isinstance(draft, LayerDraft)
+        check_type(name, "draft.mixer", draft.mixer, _DRAFT_KINDS[type(self.mixer)])
+        widths = [self.attention.check_draft(op, draft.attention)]
+        if draft.mixer is not None:
+            widths.append(draft.mixer.x.shape[1])
+        return same_width(op, widths)
 
     def clone(self) -> LayerCache:
         """A copy with memory of its own; differentiable."""
@@ -113,6 +121,7 @@ _DRAFT_KINDS: dict[type, type] = {
     RecurrentState: RecurrentDraft,
     type(None): type(None),
 }
+_STATE_KINDS: dict[type, type] = {ShortConv: Tensor, RGLRU: RecurrentState, type(None): type(None)}
 
 # As plain data: exported programs and torch.load may hold caches.
 for _kind in (LayerCache, RecurrentState, MacchiatoState):
@@ -227,6 +236,8 @@ class LatteBlock(nn.Module):
         Raises:
             ValueError: shapes or combinations; and as `MacchiatoAttention`.
         """
+        if cache is not None:
+            check_type("LatteBlock", "cache", cache, LayerCache)
         normed = x_qk = self.attention_norm(x)
         rows = {"key_mask": key_mask, "cu_seqlens": cu_seqlens}
         mixer: MixerState = None
@@ -251,9 +262,21 @@ class LatteBlock(nn.Module):
         mixed, attention = mixed
         return self._mlp(x + mixed), LayerCache(attention, mixer)
 
+    def check_cache(self, cache: LayerCache, batch: int) -> None:
+        """Raises TypeError or ValueError for what is not a cache of `batch` sequences of this."""
+        check_type("LatteBlock", "cache", cache, LayerCache)
+        kind = _STATE_KINDS[type(self.mixer)]
+        check_type("LatteBlock", "cache.mixer", cache.mixer, kind)
+        self.attention.check_state(cache.attention, batch)
+
     @torch.no_grad()
     def step(self, x: Tensor, cache: LayerCache) -> Tensor:
         """The output (N,E) for one more token x (N,E); `cache` is updated in place, no dropout."""
+        self.check_cache(cache, x.shape[0])
+        return self.step_checked(x, cache)
+
+    def step_checked(self, x: Tensor, cache: LayerCache) -> Tensor:
+        """`step` after `check_cache`."""
         normed = x_qk = self.attention_norm(x)
         if self.mixer is not None:
             x_qk = self.mixer.step(normed, cache.mixer)  # type: ignore[arg-type]
@@ -265,6 +288,7 @@ class LatteBlock(nn.Module):
 
         `cache.commit(draft, accepted)` goes on. Call eval() first if there is dropout.
         """
+        self.check_cache(cache, x.shape[0])
         normed = x_qk = self.attention_norm(x)
         mixer: MixerDraft = None
         if self.mixer is not None:

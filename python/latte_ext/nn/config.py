@@ -6,6 +6,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
+from .._checks import check_flags, check_integers, check_number
+
 Mixer = Literal["none", "conv", "rglru"]
 Norm = Literal["layer", "rms"]
 Mlp = Literal["gelu", "silu"]
@@ -55,7 +57,7 @@ class LatteConfig:
         tie_head: the language model's head uses the embedding's weight.
 
     Raises:
-        ValueError: a part of another name, or sizes out of range.
+        ValueError: a part of another name, or sizes out of range. TypeError: other types.
     """
 
     vocab_size: int
@@ -85,6 +87,8 @@ class LatteConfig:
                 raise ValueError(
                     f"[LatteConfig] {name} is {value!r}, expected one of {get_args(kinds)}"
                 )
+        for field in dataclasses.fields(self):
+            _check_type(field.name, str(field.type), getattr(self, field.name))
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -120,3 +124,16 @@ class LatteConfig:
         if self.mlp_dim is not None:
             return self.mlp_dim
         return 4 * self.embed_dim if self.mlp == "gelu" else -(-self.embed_dim // 3) * 8
+
+
+def _check_type(name: str, declared: str, value: Any) -> None:
+    """Raises TypeError for a number or flag of another type than its field declares."""
+    kind, _, default = declared.partition(" | ")
+    if value is None and default == "None":
+        return
+    if kind == "int":
+        check_integers("LatteConfig", **{name: value})
+    elif kind == "float":
+        check_number("LatteConfig", name, value)
+    elif kind == "bool":
+        check_flags("LatteConfig", **{name: value})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .._checks import check_integers, check_type
 from .._drafts import MacchiatoDraft
 from ..draft import latent_attention_draft, macchiato_attention_draft
 from ..functional import latent_attention_step
@@ -82,6 +83,7 @@ class MacchiatoAttention(nn.Module):
             _OP, embed_dim, num_heads, head_dim, kv_heads=kv_heads, latent_heads=latent_heads
         )
         check_rates(_OP, dropout=dropout, latent_dropout=latent_dropout)
+        check_integers("MacchiatoAttention", window=window, num_latents=num_latents)
         if min(window, num_latents) < 0 or window == num_latents == 0:
             raise ValueError(
                 f"{_OP} window is {window} and num_latents {num_latents}, "
@@ -181,6 +183,8 @@ class MacchiatoAttention(nn.Module):
         x_qk = x if x_qk is None else x_qk
         check_input(_OP, "x", x, 3, self.embed_dim)
         check_input(_OP, "x_qk", x_qk, 3, self.embed_dim)
+        if state is not None:
+            check_type("MacchiatoAttention", "state", state, MacchiatoState)
         q_latent, k_latent = self._latent_logits(x_qk)
         v = _heads(self.v_proj(x), self.kv_heads)
         kept = None
@@ -211,6 +215,7 @@ class MacchiatoAttention(nn.Module):
         x_qk = x if x_qk is None else x_qk
         check_input(_OP, "x", x, 2, self.embed_dim)
         check_input(_OP, "x_qk", x_qk, 2, self.embed_dim)
+        self.check_state(state, x.shape[0])
         x, x_qk = x.unsqueeze(1), x_qk.unsqueeze(1)
         q_latent, k_latent = self._latent_logits(x_qk)
         v = _heads(self.v_proj(x), self.kv_heads)
@@ -249,6 +254,7 @@ class MacchiatoAttention(nn.Module):
         x_qk = x if x_qk is None else x_qk
         check_input(_OP, "x", x, 3, self.embed_dim)
         check_input(_OP, "x_qk", x_qk, 3, self.embed_dim)
+        self.check_state(state, x.shape[0])
         q_latent, k_latent = self._latent_logits(x_qk)
         v = _heads(self.v_proj(x), self.kv_heads)
         if state.window is None:
@@ -259,6 +265,20 @@ class MacchiatoAttention(nn.Module):
             q, k = self._window_rows(x, state.window.position, None)
             y, draft = macchiato_attention_draft(q_latent, k_latent, q, k, v, state)
         return self.out_proj(y.transpose(1, 2).flatten(2)), draft
+
+    def check_state(self, state: MacchiatoState, batch: int) -> None:
+        """Raises TypeError or ValueError for what is not a state of `batch` sequences of this."""
+        check_type("MacchiatoAttention", "state", state, MacchiatoState)
+        sizes = [
+            0 if state.window is None else state.window.window,
+            0 if state.latent is None else state.latent.latents,
+            *(part.batch for part in state if part is not None),
+        ]
+        expected = [self.window, self.num_latents] + [batch] * (len(sizes) - 2)
+        if sizes != expected:
+            raise ValueError(
+                f"{_OP} state has window, latents and sequences {sizes}, expected {expected}"
+            )
 
     def _attend(
         self,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .._drafts import Accepted
+from .._checks import check_type
+from .._drafts import Accepted, same_width
 from .attention import lecun_normal_
 from .block import LatteBlock, LayerCache, LayerDraft, norm
 from .config import LatteConfig
@@ -78,6 +79,7 @@ class LatteLM(nn.Module):
             cache: the tokens before these, one entry per block; it is left as it is.
             return_cache: also return the cache of N sequences after the last token.
         """
+        self._check("forward", tokens, 2, cache, key_mask=key_mask, cu_seqlens=cu_seqlens)
         x, cache = self._features(tokens, key_mask, cu_seqlens, cache, return_cache)
         logits: Tensor = self.head(x)
         return (logits, cache) if return_cache else logits
@@ -99,7 +101,8 @@ class LatteLM(nn.Module):
         Raises:
             ValueError: a sequence of no tokens.
         """
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
+        self._check("prefill", tokens, 2, cache, key_mask=key_mask, cu_seqlens=cu_seqlens)
+        if tokens.shape[1] == 0:
             raise ValueError(
                 f"[LatteLM] tokens has shape {tuple(tokens.shape)}, expected (B, T) with T >= 1"
             )
@@ -119,9 +122,13 @@ class LatteLM(nn.Module):
 
         Constant time and memory; no dropout, nothing recorded for gradients.
         """
+        self._check("step", tokens, 1, cache)
+        # All of them before the first is updated.
+        for block, layer_cache in zip(self._blocks(), cache, strict=True):
+            block.check_cache(layer_cache, tokens.shape[0])
         x: Tensor = self.embedding(tokens)
         for block, layer_cache in zip(self._blocks(), cache, strict=True):
-            x = block.step(x, layer_cache)
+            x = block.step_checked(x, layer_cache)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
@@ -136,10 +143,7 @@ class LatteLM(nn.Module):
         Raises:
             ValueError: shapes.
         """
-        if tokens.dim() != 2:
-            raise ValueError(
-                f"[LatteLM] draft got tokens of shape {tuple(tokens.shape)}, expected (N, w)"
-            )
+        self._check("draft", tokens, 2, cache)
         x: Tensor = self.embedding(tokens)
         drafts = []
         for block, layer_cache in zip(self._blocks(), cache, strict=True):
@@ -159,6 +163,13 @@ class LatteLM(nn.Module):
             ValueError: a draft of other shapes, accepted out of range.
             TypeError: types.
         """
+        op = "[LatteLM.commit]"
+        if len(draft) != len(cache):
+            raise ValueError(f"{op} draft has {len(draft)} layers, expected {len(cache)} as cache")
+        # All of them before the first is updated.
+        same_width(
+            op, (layer.check_draft(op, part) for layer, part in zip(cache, draft, strict=True))
+        )
         for layer_cache, layer_draft in zip(cache, draft, strict=True):
             layer_cache.commit(layer_draft, accepted)
 
@@ -185,6 +196,31 @@ class LatteLM(nn.Module):
             token = sample_token(logits, temperature=temperature, top_k=top_k, generator=generator)
             tokens.append(token.unsqueeze(1))
         return torch.cat(tokens, dim=1)
+
+    def _check(
+        self,
+        name: str,
+        tokens: Tensor,
+        rank: int,
+        cache: list[LayerCache] | None,
+        **rows: Tensor | None,
+    ) -> None:
+        """Types, the rank of tokens, and that every block has a cache if there is one."""
+        op = "LatteLM"
+        check_type(op, "tokens", tokens, Tensor)
+        for label, x in rows.items():
+            if x is not None:
+                check_type(op, label, x, Tensor)
+        if tokens.dim() != rank:
+            raise ValueError(
+                f"[{op}] tokens has shape {tuple(tokens.shape)}, expected {rank} dimensions"
+            )
+        if cache is None and name in ("forward", "prefill"):
+            return
+        if not isinstance(cache, (list, tuple)):
+            raise TypeError(f"[{op}] cache is a {type(cache).__name__}, expected a list")
+        if len(cache) != len(self.blocks):
+            raise ValueError(f"[{op}] cache has {len(cache)} layers, expected {len(self.blocks)}")
 
     def _blocks(self) -> list[LatteBlock]:
         return [block for block in self.blocks if isinstance(block, LatteBlock)]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._checks import check_type
 from .attention import LatentAttention
 
 
@@ -88,6 +89,10 @@ class MultiheadLatentAttention(nn.Module):
             ValueError: anything that latent attention cannot honour.
         """
         op = "[MultiheadLatentAttention]"
+        given = {"query": query, "key": key, "value": value}
+        for name, x in (given | {"key_padding_mask": key_padding_mask}).items():
+            if x is not None or name in given:
+                check_type("MultiheadLatentAttention", name, x, Tensor)
         if query.is_nested:
             raise ValueError(
                 f"{op} query is a nested tensor, expected (B, T, E): build nn.TransformerEncoder "

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .._checks import check_type
+from .._checks import check_integers, check_rank, check_shape, check_tensors, check_type
 from .._drafts import Accepted, rg_lru_commit
 from ..convolution import short_conv_step
 from ..recurrence import rg_lru_step
@@ -99,6 +99,7 @@ class RGLRU(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_integers("RGLRU", channels=channels, num_blocks=num_blocks)
         if channels < 1 or num_blocks < 1 or channels % num_blocks:
             raise ValueError(
                 f"[RGLRU] channels is {channels} with num_blocks = {num_blocks}, expected a "
@@ -166,6 +167,8 @@ class RGLRU(nn.Module):
             ValueError: shapes or combinations; see `latte_ext.rg_lru` for the rest.
         """
         self._check(x, 3)
+        if state is not None:
+            check_type("RGLRU", "state", state, RecurrentState)
         if not self.causal and (state is not None or return_state):
             raise ValueError("[RGLRU] got a state with causal=False, expected causal=True")
         h0, fresh = (None, None) if state is None else state
@@ -197,6 +200,7 @@ class RGLRU(nn.Module):
         if not self.causal:
             raise ValueError("[RGLRU] step got causal=False, expected causal=True")
         self._check(x, 2)
+        check_type("RGLRU", "state", state, RecurrentState)
         gate_a, gate_x = (gate.squeeze(1) for gate in self._gates(x.unsqueeze(1), 0))
         y = rg_lru_step(x, gate_a, gate_x, self.log_lambda[0], state.h, fresh=state.fresh)
         state.fresh.zero_()
@@ -212,10 +216,12 @@ class RGLRU(nn.Module):
         if not self.causal:
             raise ValueError("[RGLRU] draft got causal=False, expected causal=True")
         self._check(x, 3)
+        check_type("RGLRU", "state", state, RecurrentState)
         draft = RecurrentDraft(x, *self._gates(x, 0), self.log_lambda[0])
         return self.operators.rg_lru(*draft, h0=state.h, fresh=state.fresh), draft
 
     def _check(self, x: Tensor, rank: int) -> None:
+        check_type("RGLRU", "x", x, Tensor)
         if x.dim() != rank or x.shape[-1] != self.channels:
             axes = "(B, T, C)" if rank == 3 else "(N, C)"
             raise ValueError(
@@ -270,6 +276,7 @@ class ShortConv(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
+        check_integers("ShortConv", channels=channels, width=width)
         if channels < 1 or not 1 <= width <= 8:
             raise ValueError(
                 f"[ShortConv] channels is {channels} and width is {width}, expected at least 1 "
@@ -326,6 +333,10 @@ class ShortConv(nn.Module):
                 "[ShortConv] got return_state with key_mask and cu_seqlens, expected one of the two"
             )
         if key_mask is not None:
+            # Within a context-parallel model as well: the operator decides that.
+            check_tensors("ShortConv", {"x": x}, key_mask=key_mask, pointwise=True)
+            check_rank("ShortConv", 3, x=x)
+            check_shape("ShortConv", "key_mask", key_mask, *x.shape[:2])
             x = torch.where(key_mask.unsqueeze(2), x, 0)
         result = self.operators.short_conv(
             x, self.weight, self.bias, causal=self.causal, state=state, cu_seqlens=cu_seqlens,
