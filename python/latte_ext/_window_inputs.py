@@ -166,7 +166,7 @@ def seen_by_window(
         )
     else:
         check_cache(op, q, cache)
-        cache.check(op, "cache.")
+        cache._check(op, "cache.")
         for name, x, other in (("key", cache.key, k), ("value", cache.value, v)):
             expected = (sequences, k.shape[1], window, other.shape[3])
             if tuple(x.shape) != expected:

@@ -185,6 +185,6 @@ def check_state(
     if state is None:
         return (None, None, None)
     check_type(op, "state", state, LatentState)
-    state.check(op, "state.")
+    state._check(op, "state.")
     check_device(op, "state", state.device, q)
     return state.tensors()

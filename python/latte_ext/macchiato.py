@@ -329,7 +329,7 @@ def check_state(
                 f"window={window}"
             )
     if state.latent is not None:
-        state.latent.check(op, "state.latent.")
+        state.latent._check(op, "state.latent.")
         check_device(op, "state", state.latent.device, q)
     if state.window is not None:
         check_cache(op, q, state.window)

@@ -54,9 +54,9 @@ class LatentState:
 
     def __init__(self, max: Tensor, norm: Tensor, mean: Tensor) -> None:
         self.max, self.norm, self.mean = max, norm, mean
-        self.check("LatentState")
+        self._check("LatentState")
 
-    def check(self, op: str, prefix: str = "") -> None:
+    def _check(self, op: str, prefix: str = "") -> None:
         """Raises as the constructor, in the name of `op`, for tensors that were replaced since."""
         _check(op, prefix, {"max": self.max, "norm": self.norm}, self.mean)
 

@@ -73,9 +73,9 @@ class WindowCache:
 
     def __init__(self, key: Tensor, value: Tensor, valid: Tensor, position: Tensor) -> None:
         self.key, self.value, self.valid, self.position = key, value, valid, position
-        self.check("WindowCache")
+        self._check("WindowCache")
 
-    def check(self, op: str, prefix: str = "") -> None:
+    def _check(self, op: str, prefix: str = "") -> None:
         """Raises as the constructor, in the name of `op`, for tensors that were replaced since."""
         _check(op, prefix, self)
 

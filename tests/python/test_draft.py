@@ -392,10 +392,10 @@ def test_bad_drafts() -> None:
     model, other = language_model("latte-conv++"), language_model("latte-rglru++")
     tokens = torch.randint(32, (N, 3))
     _, drafts = model.draft(tokens, model.empty_cache(N))
-    with pytest.raises(TypeError, match=r"^\[LayerCache.commit\] draft.mixer is a ConvDraft"):
+    with pytest.raises(TypeError, match=r"^\[LatteLM.commit\] draft.mixer is a ConvDraft"):
         other.commit(other.empty_cache(N), drafts, [1] * N)
     windowed = language_model("latte-conv-swa++")
-    with pytest.raises(TypeError, match=r"^\[LayerCache.commit\] draft.window is a NoneType"):
+    with pytest.raises(TypeError, match=r"^\[LatteLM.commit\] draft.window is a NoneType"):
         windowed.commit(windowed.empty_cache(N), drafts, [1] * N)
     for layer in (RGLRU(4, causal=False), ShortConv(4, causal=False)):
         with pytest.raises(ValueError, match="draft got causal=False"):

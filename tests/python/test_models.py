@@ -479,7 +479,11 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=True)
 
 
-@variants
+# Those that test_torch_models.py does not compile: a compilation takes some ten seconds.
+others = pytest.mark.parametrize("variant", ["latte-conv-swa++", "latte-rglru++", "softmax"])
+
+
+@others
 def test_compile(variant: str) -> None:
     model = language_model(variant)
     function = compiled(model)
@@ -495,7 +499,7 @@ def test_compile(variant: str) -> None:
         )
 
 
-@variants
+@others
 def test_compile_step(variant: str) -> None:
     model, x = language_model(variant), random_tokens(2)
     _, cache = model.prefill(x)

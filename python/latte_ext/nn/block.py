@@ -262,21 +262,21 @@ class LatteBlock(nn.Module):
         mixed, attention = mixed
         return self._mlp(x + mixed), LayerCache(attention, mixer)
 
-    def check_cache(self, cache: LayerCache, batch: int) -> None:
+    def _check_cache(self, cache: LayerCache, batch: int) -> None:
         """Raises TypeError or ValueError for what is not a cache of `batch` sequences of this."""
         check_type("LatteBlock", "cache", cache, LayerCache)
         kind = _STATE_KINDS[type(self.mixer)]
         check_type("LatteBlock", "cache.mixer", cache.mixer, kind)
-        self.attention.check_state(cache.attention, batch)
+        self.attention._check_state(cache.attention, batch)
 
     @torch.no_grad()
     def step(self, x: Tensor, cache: LayerCache) -> Tensor:
         """The output (N,E) for one more token x (N,E); `cache` is updated in place, no dropout."""
-        self.check_cache(cache, x.shape[0])
-        return self.step_checked(x, cache)
+        self._check_cache(cache, x.shape[0])
+        return self._step(x, cache)
 
-    def step_checked(self, x: Tensor, cache: LayerCache) -> Tensor:
-        """`step` after `check_cache`."""
+    def _step(self, x: Tensor, cache: LayerCache) -> Tensor:
+        """`step` after `_check_cache`."""
         normed = x_qk = self.attention_norm(x)
         if self.mixer is not None:
             x_qk = self.mixer.step(normed, cache.mixer)  # type: ignore[arg-type]
@@ -288,7 +288,7 @@ class LatteBlock(nn.Module):
 
         `cache.commit(draft, accepted)` goes on. Call eval() first if there is dropout.
         """
-        self.check_cache(cache, x.shape[0])
+        self._check_cache(cache, x.shape[0])
         normed = x_qk = self.attention_norm(x)
         mixer: MixerDraft = None
         if self.mixer is not None:

@@ -215,7 +215,7 @@ class MacchiatoAttention(nn.Module):
         x_qk = x if x_qk is None else x_qk
         check_input(_OP, "x", x, 2, self.embed_dim)
         check_input(_OP, "x_qk", x_qk, 2, self.embed_dim)
-        self.check_state(state, x.shape[0])
+        self._check_state(state, x.shape[0])
         x, x_qk = x.unsqueeze(1), x_qk.unsqueeze(1)
         q_latent, k_latent = self._latent_logits(x_qk)
         v = _heads(self.v_proj(x), self.kv_heads)
@@ -254,7 +254,7 @@ class MacchiatoAttention(nn.Module):
         x_qk = x if x_qk is None else x_qk
         check_input(_OP, "x", x, 3, self.embed_dim)
         check_input(_OP, "x_qk", x_qk, 3, self.embed_dim)
-        self.check_state(state, x.shape[0])
+        self._check_state(state, x.shape[0])
         q_latent, k_latent = self._latent_logits(x_qk)
         v = _heads(self.v_proj(x), self.kv_heads)
         if state.window is None:
@@ -266,7 +266,7 @@ class MacchiatoAttention(nn.Module):
             y, draft = macchiato_attention_draft(q_latent, k_latent, q, k, v, state)
         return self.out_proj(y.transpose(1, 2).flatten(2)), draft
 
-    def check_state(self, state: MacchiatoState, batch: int) -> None:
+    def _check_state(self, state: MacchiatoState, batch: int) -> None:
         """Raises TypeError or ValueError for what is not a state of `batch` sequences of this."""
         check_type("MacchiatoAttention", "state", state, MacchiatoState)
         sizes = [

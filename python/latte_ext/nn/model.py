@@ -125,10 +125,10 @@ class LatteLM(nn.Module):
         self._check("step", tokens, 1, cache)
         # All of them before the first is updated.
         for block, layer_cache in zip(self._blocks(), cache, strict=True):
-            block.check_cache(layer_cache, tokens.shape[0])
+            block._check_cache(layer_cache, tokens.shape[0])
         x: Tensor = self.embedding(tokens)
         for block, layer_cache in zip(self._blocks(), cache, strict=True):
-            x = block.step_checked(x, layer_cache)
+            x = block._step(x, layer_cache)
         logits: Tensor = self.head(self.norm(x))
         return logits
 
