@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     if args.overhead:
         print(overhead.table(overhead.measure()))
         return 0
-    for file in (args.json, args.plot):
+    for file in (args.json, args.plot, args.tune):
         if file is not None:
             check_file("bench", file)
     if args.out is not None:
