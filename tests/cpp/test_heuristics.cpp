@@ -34,7 +34,9 @@ TEST(Heuristics, ALongSequenceTakesItsShareOfTheThreads) {
 
 TEST(Heuristics, HeadsAreWalkedTogetherWhereNoThreadWaitsForIt) {
   EXPECT_EQ(heads_together(1, 8, 1), kHeadsTogether);
-  EXPECT_EQ(heads_together(1, 8, 2), kHeadsTogether);
+  EXPECT_EQ(heads_together(1, 8, 2), 2);
+  EXPECT_EQ(heads_together(2, 8, 2), kHeadsTogether);
+  EXPECT_EQ(heads_together(1, 16, 1), 2);
   EXPECT_EQ(heads_together(1, 8, 8), 1);
   EXPECT_EQ(heads_together(1, 6, 2), 1);
   EXPECT_EQ(heads_together(3, 1, 1), 1);

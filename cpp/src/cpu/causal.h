@@ -45,6 +45,8 @@ struct CausalForwardScratch {
 
 template <class T>
 class CausalForward {
+  using Head = CausalForward;
+
  public:
   CausalForward(const HeadTask& task, const CausalForwardScratch<T>& scratch, int64_t head)
       : task_(task),
@@ -56,8 +58,8 @@ class CausalForward {
     start_state(task_.initial, task_.latents, task_.dim, width_, norm_, state_, false);
   }
 
-  // `next` is the head whose chunk at `next_first` comes after this one.
-  void chunk(int64_t first, const CausalForward& next, int64_t next_first) const {
+  // Of this head, which is heads[h] of so many that are walked together.
+  void chunk(int64_t first, const CausalForward* heads, int64_t h, int64_t count) const {
     const int64_t n = end_ - first < kChunk ? end_ - first : kChunk;
     softmax_of(q_, first, n, width_, s_.q, s_.p, stride_, s_.inverse_sums);
     const RowsInUse<T> ks(k_, first, n, s_.k, stride_);
@@ -76,7 +78,9 @@ class CausalForward {
     scan.y = column_operand(v_, first, n, end_ - first - n, s_.v, v_stride_);
     scan.alpha = s_.alpha;
     write_in_place(scan, y_, first);
-    if (next_first < end_) list.add(next_first, next.k_, next.q_, next.v_, next.y_);
+    const int64_t next = first + kChunk;
+    list.add_next(heads, h, count, first, next, next >= end_, &Head::k_, &Head::q_, &Head::v_,
+                  &Head::y_);
     scan.prefetch = &list;
     if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::rows_before>(scan);
@@ -111,15 +115,19 @@ class CausalForward {
 
 template <class T>
 inline void causal_forward(const HeadTask& task, Arena arena) {
-  static_assert(cpu::kHeadsTogether == 2);
+  static_assert(cpu::kHeadsTogether == 8);
   const CausalForwardScratch<T> scratch(arena, task);
-  const int64_t count = task.together, last = count - 1;
-  const CausalForward<T> heads[] = {{task, scratch, 0}, {(&task)[last], scratch, last}};
+  const int64_t count = task.together;
+  const auto head = [&](int64_t h) {
+    h = h < count ? h : 0;
+    return CausalForward<T>((&task)[h], scratch, h);
+  };
+  const CausalForward<T> heads[] = {head(0), head(1), head(2), head(3),
+                                    head(4), head(5), head(6), head(7)};
   for (int64_t h = 0; h < count; ++h) heads[h].start();
   const int64_t begin = task.begin * task.group, end = task.end * task.group;
   for (int64_t first = begin; first < end; first += kChunk)
-    for (int64_t h = 0; h < count; ++h)
-      heads[h].chunk(first, heads[last - h], h < last ? first : first + kChunk);
+    for (int64_t h = 0; h < count; ++h) heads[h].chunk(first, heads, h, count);
   for (int64_t h = 0; h < count; ++h) heads[h].finish();
 }
 
@@ -172,6 +180,8 @@ struct CausalBackwardScratch {
 
 template <class T>
 class CausalBackward {
+  using Head = CausalBackward;
+
  public:
   CausalBackward(const HeadTask& task, const CausalBackwardScratch<T>& scratch, int64_t head = 0)
       : task_(task),
@@ -191,11 +201,9 @@ class CausalBackward {
   void forward() { forward(this, 1); }
   // Of heads that are walked together.
   static void forward(CausalBackward* heads, int64_t count) {
-    const int64_t last = count - 1;
     for (int64_t h = 0; h < count; ++h) heads[h].start_forward();
     for (int64_t first = heads->begin_; first < heads->end_; first += kChunk)
-      for (int64_t h = 0; h < count; ++h)
-        heads[h].forward_chunk(first, heads[last - h], h < last ? first : first + kChunk);
+      for (int64_t h = 0; h < count; ++h) heads[h].forward_chunk(first, heads, h, count);
     for (int64_t h = 0; h < count; ++h) heads[h].finish_forward();
   }
 
@@ -228,11 +236,9 @@ class CausalBackward {
   // Pass R: dk and dv, and at token 0 the gradient of the initial state.
   void reverse() { reverse(this, 1); }
   static void reverse(CausalBackward* heads, int64_t count) {
-    const int64_t last = count - 1;
     for (int64_t h = 0; h < count; ++h) heads[h].start_reverse();
     for (int64_t first = heads->last_chunk(); first >= heads->begin_; first -= kChunk)
-      for (int64_t h = 0; h < count; ++h)
-        heads[h].reverse_chunk(first, heads[last - h], h < last ? first : first - kChunk);
+      for (int64_t h = 0; h < count; ++h) heads[h].reverse_chunk(first, heads, h, count);
     for (int64_t h = 0; h < count; ++h) heads[h].finish_reverse();
   }
 
@@ -281,8 +287,8 @@ class CausalBackward {
     return prepare<T, kOperands>(n, width_, ks.data, ks.stride, norm_, prepared());
   }
 
-  // `next` is the head whose chunk at `next_first` comes after this one.
-  void forward_chunk(int64_t first, const CausalBackward& next, int64_t next_first) {
+  // Of this head, which is heads[h] of so many that are walked together.
+  void forward_chunk(int64_t first, const CausalBackward* heads, int64_t h, int64_t count) {
     const int64_t n = tokens_in_chunk(first);
     __builtin_memcpy(border(first), h_.r, width_ * sizeof(T));
     __builtin_memcpy(border(first) + width_, h_.z, width_ * sizeof(T));
@@ -294,10 +300,9 @@ class CausalBackward {
     scan.g = row_operand(dy_, first, n, s_.dy, value_stride_);
     scan.y = columns<const T>(s_.weights);
     scan.alpha = s_.alpha;
-    if (next_first < end_) {
-      list.add(next_first, next.k_, next.q_, next.v_, next.dy_);
-      list.add(first, dk_, dq_);
-    }
+    const int64_t next = first + kChunk;
+    list.add_next(heads, h, count, first, next, next >= end_, &Head::k_, &Head::q_, &Head::v_,
+                  &Head::dy_, &Head::dk_, &Head::dq_);
     scan.prefetch = &list;
     if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::columns_before>(scan);
@@ -414,7 +419,7 @@ class CausalBackward {
     return keys;
   }
 
-  void reverse_chunk(int64_t first, const CausalBackward& next, int64_t next_first) {
+  void reverse_chunk(int64_t first, const CausalBackward* heads, int64_t h, int64_t count) {
     const int64_t n = tokens_in_chunk(first);
     const Keys keys = prepare_reverse(first, n);
     const RowsInUse<T> dys(dy_, first, n, s_.dy, value_stride_, cpu::kMaxRowStride);
@@ -432,8 +437,9 @@ class CausalBackward {
     transposed.y = columns<const T>(s_.weights);
     scan.reverse = transposed.reverse = true;
     scan.alpha = transposed.alpha = s_.alpha;
-    if (next_first >= begin_)
-      list.add(next_first, next.k_, next.q_, next.v_, next.dy_, next.dk_, next.dv_);
+    const int64_t next = first - kChunk;
+    list.add_next(heads, h, count, first, next, next < begin_, &Head::k_, &Head::q_, &Head::v_,
+                  &Head::dy_, &Head::dk_, &Head::dv_);
     scan.prefetch = transposed.prefetch = &list;
     if (keys == Keys::rising) {
       scan_tiles<T, Part::both, Decay::rows_after>(scan);
@@ -524,10 +530,14 @@ class CausalBackward {
 
 template <class T>
 inline void causal_backward(const HeadTask& task, Arena arena) {
-  static_assert(cpu::kHeadsTogether == 2);
+  static_assert(cpu::kHeadsTogether == 8);
   const CausalBackwardScratch<T> scratch(arena, task);
-  const int64_t last = task.together - 1;
-  CausalBackward<T> heads[] = {{task, scratch, 0}, {(&task)[last], scratch, last}};
+  const auto head = [&](int64_t h) {
+    h = h < task.together ? h : 0;
+    return CausalBackward<T>((&task)[h], scratch, h);
+  };
+  CausalBackward<T> heads[] = {head(0), head(1), head(2), head(3),
+                               head(4), head(5), head(6), head(7)};
   CausalBackward<T>::forward(heads, task.together);
   CausalBackward<T>::reverse(heads, task.together);
 }

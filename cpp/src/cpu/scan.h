@@ -163,6 +163,14 @@ class PrefetchList {
   void add(int64_t first, const Views&... rows) {
     (add_rows(first, rows), ...);
   }
+  // For heads that are walked together, the rows that the visit after this one, of head h to the
+  // chunk at `first`, reads. Where the heads fill their rows the chunk at `next` is one piece of
+  // memory for all of them, and this visit takes its share of that.
+  template <class Head, class... Views>
+  void add_next(const Head* heads, int64_t h, int64_t count, int64_t first, int64_t next,
+                bool is_last, Views Head::*... rows) {
+    (add_next_rows(heads, h, count, first, next, is_last, rows), ...);
+  }
 
   // Neighbouring lines per token of a tile: one address, as a tile has no general register to
   // spare. Tiles of narrow vectors are so many that one line is enough, and have half as many
@@ -199,17 +207,33 @@ class PrefetchList {
     int64_t stride, lines;
   };
 
+  template <class Head, class View>
+  void add_next_rows(const Head* heads, int64_t h, int64_t count, int64_t first, int64_t next,
+                     bool is_last, View Head::* rows) {
+    const View &own = heads->*rows, &end = heads[count - 1].*rows;
+    const int64_t bytes = own.row_bytes(), stride = own.stride_bytes();
+    const bool filled =
+        stride == count * bytes && end.row_address(0) - own.row_address(0) == stride - bytes;
+    if (!own.one_piece()) return;
+    if (filled && !is_last) {
+      add_linear(own.row_address(next) + h * kChunk * bytes, kChunk * bytes);
+    } else if (!filled && h + 1 < count) {
+      add_rows(first, heads[h + 1].*rows);
+    } else if (!filled && !is_last) {
+      add_rows(next, own);
+    }
+  }
   template <class T>
   void add_rows(int64_t first, const RowView<T>& rows) {
     if (!rows.one_piece()) return;
     const char* const begin = rows.row_address(first);
     const int64_t bytes = rows.row_bytes(), stride = rows.stride_bytes();
-    if (stride == bytes) {
-      add_piece({begin, kLineBytes, (kChunk * bytes + kLineBytes - 1) / kLineBytes});
-    } else {
-      for (int64_t byte = 0; byte < bytes; byte += kLines * kLineBytes)
-        add_piece({begin + byte, stride, kLines * kChunk});
-    }
+    if (stride == bytes) return add_linear(begin, kChunk * bytes);
+    for (int64_t byte = 0; byte < bytes; byte += kLines * kLineBytes)
+      add_piece({begin + byte, stride, kLines * kChunk});
+  }
+  void add_linear(const char* begin, int64_t bytes) {
+    add_piece({begin, kLineBytes, (bytes + kLineBytes - 1) / kLineBytes});
   }
   void add_piece(const Piece& piece) {
     if (count_ == kMax) return;
