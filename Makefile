@@ -227,7 +227,7 @@ $(VENV)/requirements-docs: $(VENV)/requirements requirements-docs.txt
 
 docs: $(VENV)/requirements-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@if grep -rEoh --include='*.html' --include='*.css' '(src=|url\()"?https?://[^"]*' build/site; then \
+	@if grep -rEoh --include='*.html' --include='*.css' '(src=|url\(|<link [^>]*href=)"?https?://[^"]*' build/site; then \
 	  echo "FAILED: the site loads these from the network"; exit 1; fi
 
 # Two small models are trained first: five minutes.
