@@ -12,6 +12,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CPP_TESTS := build/cpp-tests
 COMMA := ,
+# Another one may be at work: a fresh machine updates itself.
+APT := apt-get -o DPkg::Lock::Timeout=300
 
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
@@ -72,7 +74,7 @@ test: test-cpp test-cpp-sanitized test-aarch64 test-python test-isas
 # GoogleTest from the machine, or from its package manager.
 GTEST_HEADER := /usr/include/gtest/gtest.h
 $(GTEST_HEADER):
-	apt-get update -qq && apt-get install -y -qq libgtest-dev
+	$(APT) update -qq && $(APT) install -y -qq libgtest-dev
 
 # $(call cpp-suite,<build folder>,<cmake options>): configure, build, run through ctest.
 define cpp-suite
@@ -114,8 +116,8 @@ AARCH64_TOOLS := command -v aarch64-linux-gnu-g++ && test -f /usr/src/googletest
   && { command -v qemu-aarch64 || command -v qemu-aarch64-static; }
 
 test-aarch64: $(VENV)/requirements
-	@{ { $(AARCH64_TOOLS); } || { apt-get update \
-	  && apt-get install -y g++-aarch64-linux-gnu qemu-user libgtest-dev; }; } >/dev/null 2>&1; \
+	@{ { $(AARCH64_TOOLS); } || { $(APT) update \
+	  && $(APT) install -y g++-aarch64-linux-gnu qemu-user libgtest-dev; }; } >/dev/null 2>&1; \
 	if { $(AARCH64_TOOLS); } >/dev/null; then $(MAKE) --no-print-directory suite-aarch64; \
 	else echo "aarch64: NOT tested: no g++-aarch64-linux-gnu, qemu-user and libgtest-dev here," \
 	  "and apt-get cannot install them"; fi
@@ -127,7 +129,7 @@ suite-aarch64:
 CLANG := -DCMAKE_C_COMPILER=clang -DCMAKE_CXX_COMPILER=clang++
 CLANG_TOOLS := command -v clang++ && command -v clang
 define with-clang
-	@{ { $(CLANG_TOOLS); } || { apt-get update && apt-get install -y clang libomp-dev; }; } \
+	@{ { $(CLANG_TOOLS); } || { $(APT) update && $(APT) install -y clang libomp-dev; }; } \
 	  >/dev/null 2>&1; \
 	if { $(CLANG_TOOLS); } >/dev/null; then $(MAKE) --no-print-directory $(1); \
 	else echo "$(1): NOT tested: no clang here, and apt-get cannot install it"; fi
