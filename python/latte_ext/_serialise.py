@@ -8,6 +8,7 @@ Version 2, for nested states: length u32 and text of the structure, tensor count
 
 from __future__ import annotations
 
+import ctypes
 import math
 import struct
 import sys
@@ -155,8 +156,8 @@ def _checksum(data: bytes) -> bytes:
 
 
 def _bytes_of(x: Tensor) -> bytes:
-    # Through uint8, which every dtype can be seen as; numpy has no bfloat16.
-    return bytes(x.reshape(-1).view(torch.uint8).numpy()) if x.numel() else b""
+    # Not through numpy, which torch works without; string_at takes no more than 2^31 - 1 bytes.
+    return bytes((ctypes.c_ubyte * x.nbytes).from_address(x.data_ptr())) if x.numel() else b""
 
 
 def _tensor_of(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:

@@ -267,6 +267,15 @@ def test_tables_are_those_of_the_numbers(name: str) -> None:
     assert table == file.with_suffix(".md").read_text()
 
 
+def test_the_listops_table_is_that_of_the_numbers() -> None:
+    module = load_example("listops")
+    result = json.loads((EXAMPLES / "results" / "listops.json").read_text())
+    assert result["models"] == module.MODELS
+    assert result["training"]["steps"] == module.STEPS
+    table = module.markdown(result["rows"], result["test_count"])
+    assert table == (EXAMPLES / "results" / "listops.md").read_text()
+
+
 def test_the_models_page_runs() -> None:
     page = (EXAMPLES.parent / "docs" / "models.md").read_text()
     (block,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)

@@ -48,6 +48,19 @@ def test_caches_of_models_come_back(variant: str, dtype: torch.dtype, tmp_path: 
     assert_same(storage.load_safetensors(tmp_path / "cache.safetensors"), cache)
 
 
+def test_bytes_need_no_numpy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which torch does not bring along."""
+    cache = model_cache("latte-conv-swa++")
+    expected = storage.to_bytes(cache)
+
+    def absent(*_: object) -> None:
+        raise RuntimeError("Numpy is not available")
+
+    monkeypatch.setattr(torch.Tensor, "numpy", absent)
+    assert storage.to_bytes(cache) == expected
+    assert_same(storage.from_bytes(expected), cache)
+
+
 def test_decoding_goes_on_from_a_file() -> None:
     config = LatteConfig.named(
         "latte-rglru-swa++", vocab_size=32, embed_dim=8, num_layers=2, num_heads=2, num_latents=3,
