@@ -3,10 +3,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -116,6 +117,21 @@ def check_number(op: str, name: str, value: float) -> None:
     """Raises TypeError for what is not a number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"[{op}] {name} is a {type(value).__name__}, expected a float")
+
+
+def check_fields(op: str, settings: Any) -> None:
+    """Raises TypeError for a number or flag of a dataclass that is not what its field declares."""
+    for field in dataclasses.fields(settings):
+        kind, _, default = str(field.type).partition(" | ")
+        value = getattr(settings, field.name)
+        if value is None and default == "None":
+            continue
+        if kind == "int":
+            check_integers(op, **{field.name: value})
+        elif kind == "float":
+            check_number(op, field.name, value)
+        elif kind == "bool":
+            check_flags(op, **{field.name: value})
 
 
 def check_scale(op: str, scale: float) -> None:

@@ -411,6 +411,14 @@ def test_bad_settings(options: dict[str, Any], message: str) -> None:
 def test_bad_use() -> None:
     with pytest.raises(TypeError, match="'windows'"):
         bad(windows=3)
+    for option, value, kind in (
+        ("window", None, "an int"), ("latents", 2.5, "an int"), ("decay", 1, "a bool"),
+        ("gate", "5", "a float"),
+    ):  # fmt: skip
+        with pytest.raises(TypeError, match=rf"^\[LatteSettings\] {option} is a .*expected {kind}"):
+            bad(**{option: value})
+    with pytest.raises(TypeError, match=r"^\[convert\] model is a NoneType, expected a PreTrained"):
+        hf.convert(None)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="converted already"):
         hf.convert(converted())
     rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 from transformers.utils.output_capturing import _CAN_RECORD_REGISTRY
 
+from .._checks import check_type
 from .attention import IMPLEMENTATION, ConvertedAttention, Plan
 from .cache import LatteCache
 from .families import Derived, config_class_of, derive
@@ -93,6 +94,7 @@ def convert(model: PreTrainedModel, **options: Any) -> Any:
         TypeError: unknown options.
     """
     settings = LatteSettings.create(options)
+    check_type("convert", "model", model, PreTrainedModel)
     config = model.config
     if getattr(config, "latte", None) is not None:
         raise ValueError("[convert] model is converted already, expected a pretrained one")

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
+from .._checks import check_fields
+
 Features = Literal["hidden", "heads"]
 Mixer = Literal["none", "conv", "rglru"]
 
@@ -40,7 +42,7 @@ class LatteSettings:
             ones repeat its first half (`extended_rows`). None: the table as it is, if there is one.
 
     Raises:
-        TypeError: an option that there is not.
+        TypeError: an option that there is not, or of another type.
         ValueError: values out of range.
     """
 
@@ -60,6 +62,7 @@ class LatteSettings:
     positions: int | None = None
 
     def __post_init__(self) -> None:
+        check_fields("LatteSettings", self)
         for name, least in (
             ("window", 1), ("latents", 0), ("sinks", 0), ("latent_heads", 1), ("conv_width", 1),
             ("output_rank", 0), ("init_std", 0), ("positions", 1),

@@ -6,7 +6,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Literal, get_args
 
-from .._checks import check_flags, check_integers, check_number
+from .._checks import check_fields
 
 Mixer = Literal["none", "conv", "rglru"]
 Norm = Literal["layer", "rms"]
@@ -87,8 +87,7 @@ class LatteConfig:
                 raise ValueError(
                     f"[LatteConfig] {name} is {value!r}, expected one of {get_args(kinds)}"
                 )
-        for field in dataclasses.fields(self):
-            _check_type(field.name, str(field.type), getattr(self, field.name))
+        check_fields("LatteConfig", self)
         for name in ("vocab_size", "embed_dim", "num_layers", "num_heads"):
             if getattr(self, name) < 1:
                 raise ValueError(
@@ -124,16 +123,3 @@ class LatteConfig:
         if self.mlp_dim is not None:
             return self.mlp_dim
         return 4 * self.embed_dim if self.mlp == "gelu" else -(-self.embed_dim // 3) * 8
-
-
-def _check_type(name: str, declared: str, value: Any) -> None:
-    """Raises TypeError for a number or flag of another type than its field declares."""
-    kind, _, default = declared.partition(" | ")
-    if value is None and default == "None":
-        return
-    if kind == "int":
-        check_integers("LatteConfig", **{name: value})
-    elif kind == "float":
-        check_number("LatteConfig", name, value)
-    elif kind == "bool":
-        check_flags("LatteConfig", **{name: value})
