@@ -33,8 +33,8 @@ def check_window(
         raise TypeError(f"[{op}] window is a {type(window).__name__}, expected an int")
     if window < minimum:
         raise ValueError(f"[{op}] window is {window}, expected at least {minimum}")
-    if window >= 1 << 62:  # positions are added to it
-        raise ValueError(f"[{op}] window is {window}, expected less than 2^62")
+    if window > 1 << 62:  # positions are added to it
+        raise ValueError(f"[{op}] window is {window}, expected at most 2^62")
     if scale is None:
         scale = 1 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
     check_flags(op, causal=causal)

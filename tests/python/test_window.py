@@ -247,7 +247,7 @@ def test_cache_object() -> None:
 def bad_calls() -> Iterator[tuple[str, dict[str, object], type[Exception], str]]:
     q, k, v = attention_inputs(dtype=torch.float32)
     yield "window_0", {"window": 0}, ValueError, r"window is 0, expected at least 1"
-    yield "window_2^63", {"window": 1 << 63}, ValueError, r"window is \d+, expected less than 2"
+    yield "window_2^63", {"window": 1 << 63}, ValueError, r"window is \d+, expected at most 2"
     yield "q_scalar", {"q": torch.tensor(1.0)}, ValueError, r"q has shape \(\), expected 4"
     yield "v_batch", {"v": v[:1]}, ValueError, r"v has shape .*, expected \(2, 2, 23, 6\)"
     for bad in ([0, 9, 8, 23], [1, 23], [0, 24], [[0, 23]]):
