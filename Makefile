@@ -19,7 +19,7 @@ SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -typ
 
 .PHONY: demo docs figures extend test bench bench-engine lint format wheel test-cpp \
   test-cpp-sanitized test-cuda test-emulated test-aarch64 suite-aarch64 test-clang suite-clang \
-  fuzz suite-fuzz test-python test-some test-isas \
+  test-scalar fuzz suite-fuzz test-python test-some test-isas \
   test-torch test-stable try-wheel release-check clean
 .DELETE_ON_ERROR:
 
@@ -141,6 +141,10 @@ test-clang: $(VENV)/requirements $(GTEST_HEADER)
 
 suite-clang:
 	$(call cpp-suite,build/cpp-clang,$(CLANG))
+
+# And on the kernels of compilers without vector extensions.
+test-scalar: $(VENV)/requirements $(GTEST_HEADER)
+	$(call cpp-suite,build/cpp-scalar,-DLATTE_SCALAR=ON)
 
 # libFuzzer on every parser of examples/cpp, so many seconds each. What it finds lies in build/fuzz.
 FUZZ_SECONDS ?= 60
@@ -279,7 +283,7 @@ wheel: $(VENV)/requirements
 	$(RELEASE)/consumer/consumer
 	$(RELEASE)/consumer/consumer_c
 
-# That wheel with another torch, in the environment of test-torch: make try-wheel TORCH=2.6.0
+# That wheel with another torch, in the environment of test-torch: make try-wheel TORCH=2.14.1
 try-wheel:
 	test -x $(TORCH_VENV)/bin/python || $(PYTHON) -m venv $(TORCH_VENV)
 	$(TORCH_VENV)/bin/python -m pip install --quiet --disable-pip-version-check $(TORCH_INDEX) torch==$(TORCH)

@@ -37,6 +37,7 @@ STAGES = {
     "docs": ("make", "docs"),
     "fuzz": ("make", "fuzz"),
     "clang": ("make", "test-clang"),
+    "scalar": ("make", "test-scalar"),
     "emulated": ("make", "test-emulated"),
     "stable": ("make", "test-stable"),
 }

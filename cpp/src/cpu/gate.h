@@ -75,7 +75,7 @@ inline void gate_rows(const Task& task, int64_t g, int64_t first, int64_t n, T* 
   for (int64_t i = 0; i < n; i += lanes) {
     const Vec<T> others = sums_of<T>(sums + i), own = exp(load(zeroth + i));
     const Vec<T> sum = others + own;
-    const Vec<T> inverse = sum == Vec<T>{} ? Vec<T>{} : 1 / sum;
+    const Vec<T> inverse = select(sum == Vec<T>{}, Vec<T>{}, 1 / sum);
     store(share + i, own * inverse);
     store(rest + i, others * inverse);
   }

@@ -9,7 +9,7 @@
 namespace latte::LATTE_ISA {
 
 // Latency times units is 8 on x86 and 16 on wide Arm cores; beyond 12 chains, 16 registers spill.
-#if LATTE_VECTOR_BYTES == 64 || defined(__aarch64__)
+#if LATTE_VECTOR_BYTES == 64 || defined(LATTE_NEON)
 inline constexpr int kPeakChains = 24;
 #else
 inline constexpr int kPeakChains = 12;
@@ -24,7 +24,8 @@ inline double fma_flops(int64_t iterations) {
   for (int64_t i = 0; i < iterations; ++i)
 #pragma GCC unroll 24
     for (int c = 0; c < kPeakChains; ++c) chain[c] = chain[c] * factor + addend;
-  asm volatile("" : : "m"(chain));  // the result counts as used
+  volatile float used = 0;  // so that every lane of every chain counts as used
+  for (int c = 0; c < kPeakChains; ++c) used = used + reduce_add<float>(chain[c]);
   return 2.0 * kPeakChains * kLanes<float> * static_cast<double>(iterations);
 }
 

@@ -12,6 +12,8 @@
 // of an ordinary chunk, where a list of raises cost 4 times for keys that rise at every token.
 #pragma once
 
+#include <cfloat>
+
 #include "cpu/scan.h"
 
 namespace latte::LATTE_ISA {
@@ -23,7 +25,7 @@ template <class T>
 inline constexpr T kHighestRaise = 60;
 // Finite, so that -inf - r is -inf and never NaN.
 template <class T>
-inline constexpr T kLowest = sizeof(T) == 8 ? T(-__DBL_MAX__) : T(-__FLT_MAX__);
+inline constexpr T kLowest = sizeof(T) == 8 ? T(-DBL_MAX) : T(-FLT_MAX);
 // Below every normaliser (z >= 1) but that of an empty state, which becomes a weight of zero mass.
 template <class T>
 inline constexpr T kEmptyNorm = T(1e-30);
@@ -112,7 +114,8 @@ inline void softmax_rows(int64_t n, int64_t width, const Q& q, T* p, int64_t p_s
   for (int64_t first = 0; first < n; first += lanes) {
     const Vec<T> sum = sums_of<T>(sums + first);
     store(inverse_sums + first, 1 / sum);
-    const Vec<T> alone = (sum >= kSmallSum<T>)&(sum <= kLargeSum<T>) ? Vec<T>{} : splat(T(1));
+    const auto usual = (sum >= kSmallSum<T>)&(sum <= kLargeSum<T>);
+    const Vec<T> alone = select(usual, Vec<T>{}, splat(T(1)));
     if (!any_greater(alone, Vec<T>{})) continue;
     for (int64_t t = first; t < n && t < first + lanes; ++t)
       if (alone[t - first] > 0)
@@ -164,14 +167,16 @@ inline Keys classify_keys(int64_t n, int64_t width, const T* k, int64_t k_stride
   for (int64_t l = 0; l < width; l += kLanes<T>) {
     const Vec<T> key = load(k + l), m = load(blocked(alpha, 0, l));
     const Vec<T> r0 = load(norm.r + l);
-    const Vec<T> r = load(norm.z + l) > 0 ? r0 : max(r0, key);
+    const Vec<T> r = select(load(norm.z + l) > 0, r0, max(r0, key));
     store(norm.r + l, r);
     store(norm.top + l, max(load(norm.top + l), m));
     excess = max(m - r, excess);
     Vec<T> ties = {};
     for (const int64_t t : kTieLags)
-      if (t < n)
-        ties += (load(k + t * k_stride + l) == key) & (key >= kLowest<T>) ? splat(T(1)) : Vec<T>{};
+      if (t < n) {
+        const auto tie = (load(k + t * k_stride + l) == key) & (key >= kLowest<T>);
+        ties += select(tie, splat(T(1)), Vec<T>{});
+      }
     tied |= any_greater(ties, splat(T(1)));
   }
   if (any_greater(excess, splat(kHighestRaise<T>))) return Keys::rising;

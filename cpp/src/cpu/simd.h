@@ -5,13 +5,22 @@
 //
 // Everything is written with the vector extensions of GCC and Clang; an intrinsic stands only where
 // those give no way to ask for the instruction (rounding, scalef, reciprocal, half conversion).
+// LATTE_SCALAR does without either: lanes.h.
 #pragma once
 
 #include <cstdint>
+#if defined(LATTE_SCALAR)
+#define LATTE_VECTOR_BYTES 16
+#include "cpu/lanes.h"
+#else
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #elif defined(__aarch64__)
 #include <arm_neon.h>
+#define LATTE_NEON
+#endif
+#if defined(__SSE2__)
+#define LATTE_SSE2
 #endif
 
 #if defined(__AVX512F__)
@@ -23,6 +32,8 @@
 #endif
 
 #define LATTE_INLINE __attribute__((always_inline)) inline
+#define LATTE_NOINLINE __attribute__((noinline))
+#endif
 
 namespace latte::LATTE_ISA {
 
@@ -33,6 +44,14 @@ struct float16 {
   uint16_t bits;
 };
 
+#if defined(LATTE_SCALAR)
+template <class T>
+struct VectorOf {
+  using type = Lanes<T, LATTE_VECTOR_BYTES / sizeof(T)>;
+  using integer = Lanes<typename IntegerOf<T>::type, LATTE_VECTOR_BYTES / sizeof(T)>;
+};
+using HalfF = Lanes<float, LATTE_VECTOR_BYTES / 8>;
+#else
 template <class T>
 struct VectorOf;
 template <>
@@ -47,6 +66,8 @@ struct VectorOf<double> {
   typedef double unaligned __attribute__((vector_size(LATTE_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t integer __attribute__((vector_size(LATTE_VECTOR_BYTES)));
 };
+typedef float HalfF __attribute__((vector_size(LATTE_VECTOR_BYTES / 2)));
+#endif
 
 template <class T>
 using Vec = typename VectorOf<T>::type;
@@ -56,6 +77,18 @@ using VecD = Vec<double>;
 template <class T>
 inline constexpr int64_t kLanes = LATTE_VECTOR_BYTES / sizeof(T);
 
+#if defined(LATTE_SCALAR)
+template <class T>
+LATTE_INLINE Vec<T> load(const T* p) {
+  Vec<T> x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+template <class T>
+LATTE_INLINE void store(T* p, Vec<T> x) {
+  memcpy(p, &x, sizeof x);
+}
+#else
 template <class T>
 LATTE_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename VectorOf<T>::unaligned*>(p);
@@ -64,6 +97,12 @@ template <class T>
 LATTE_INLINE void store(T* p, Vec<T> x) {
   *reinterpret_cast<typename VectorOf<T>::unaligned*>(p) = x;
 }
+// Lane by lane, as a comparison says. A function, since no class can have a `?:`.
+template <class M, class V>
+LATTE_INLINE V select(M mask, V a, V b) {
+  return mask ? a : b;
+}
+#endif
 
 // Not `Vec{} + x`: 0 + -0.0 keeps GCC from a plain broadcast, measured at up to 35 % of a scan.
 #if LATTE_VECTOR_BYTES == 64
@@ -85,8 +124,8 @@ LATTE_INLINE VecD max(VecD a, VecD b) { return (VecD)_mm512_max_pd((__m512d)a, (
 LATTE_INLINE VecF max(VecF a, VecF b) { return (VecF)_mm256_max_ps((__m256)a, (__m256)b); }
 LATTE_INLINE VecD max(VecD a, VecD b) { return (VecD)_mm256_max_pd((__m256d)a, (__m256d)b); }
 #else
-LATTE_INLINE VecF max(VecF a, VecF b) { return a > b ? a : b; }
-LATTE_INLINE VecD max(VecD a, VecD b) { return a > b ? a : b; }
+LATTE_INLINE VecF max(VecF a, VecF b) { return select(a > b, a, b); }
+LATTE_INLINE VecD max(VecD a, VecD b) { return select(a > b, a, b); }
 #endif
 
 #if LATTE_VECTOR_BYTES == 64
@@ -96,8 +135,8 @@ LATTE_INLINE VecD min(VecD a, VecD b) { return (VecD)_mm512_min_pd((__m512d)a, (
 LATTE_INLINE VecF min(VecF a, VecF b) { return (VecF)_mm256_min_ps((__m256)a, (__m256)b); }
 LATTE_INLINE VecD min(VecD a, VecD b) { return (VecD)_mm256_min_pd((__m256d)a, (__m256d)b); }
 #else
-LATTE_INLINE VecF min(VecF a, VecF b) { return a < b ? a : b; }
-LATTE_INLINE VecD min(VecD a, VecD b) { return a < b ? a : b; }
+LATTE_INLINE VecF min(VecF a, VecF b) { return select(a < b, a, b); }
+LATTE_INLINE VecD min(VecD a, VecD b) { return select(a < b, a, b); }
 #endif
 
 template <class V>
@@ -125,7 +164,7 @@ template <>
 LATTE_INLINE bool any_greater(VecD a, VecD b) {
   return _mm256_movemask_pd(_mm256_cmp_pd((__m256d)a, (__m256d)b, _CMP_GT_OQ)) != 0;
 }
-#elif defined(__aarch64__)
+#elif defined(LATTE_NEON)
 template <>
 LATTE_INLINE bool any_greater(VecF a, VecF b) {
   return vmaxvq_u32((uint32x4_t)(a > b)) != 0;
@@ -134,7 +173,7 @@ LATTE_INLINE bool any_greater(VecF a, VecF b) {
 
 template <class V>
 LATTE_INLINE bool all_finite(V x) {
-  return !any_greater(V{} + 1, x - x == V{} ? V{} + 1 : V{});
+  return !any_greater(V{} + 1, select(x - x == V{}, V{} + 1, V{}));
 }
 
 // Fixed reduction trees: the same bits for the same row, whatever surrounds it (T7).
@@ -164,7 +203,7 @@ template <>
 LATTE_INLINE float reduce_max<float>(VecF x) {
   return _mm512_reduce_max_ps((__m512)x);
 }
-#elif defined(__aarch64__)
+#elif defined(LATTE_NEON)
 template <>
 LATTE_INLINE float reduce_max<float>(VecF x) {
   return vmaxvq_f32((float32x4_t)x);
@@ -305,8 +344,7 @@ LATTE_INLINE VecD swap_neighbours(VecD a) { return __builtin_shufflevector(a, a,
 
 // The lanes of `low`, then those of `high`.
 LATTE_INLINE VecF narrow(VecD low, VecD high) {
-  typedef float Half __attribute__((vector_size(LATTE_VECTOR_BYTES / 2)));
-  const Half a = __builtin_convertvector(low, Half), b = __builtin_convertvector(high, Half);
+  const HalfF a = __builtin_convertvector(low, HalfF), b = __builtin_convertvector(high, HalfF);
 #if LATTE_VECTOR_BYTES == 64
   return __builtin_shufflevector(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
 #elif LATTE_VECTOR_BYTES == 32
@@ -362,7 +400,7 @@ LATTE_INLINE VecF exp(VecF x) {
   const VecF r = (VecF)_mm256_fnmadd_ps(_mm256_sub_ps(shifted, (__m256)magic),
                                         _mm256_set1_ps(kLog2<float>), (__m256)x);
   const VecF z = (VecF)shifted;
-#elif defined(__aarch64__)
+#elif defined(LATTE_NEON)
   const float32x4_t shifted = vfmaq_f32((float32x4_t)magic, (float32x4_t)x, vdupq_n_f32(kLog2E));
   const VecF r = (VecF)vfmsq_f32((float32x4_t)x, vsubq_f32(shifted, (float32x4_t)magic),
                                  vdupq_n_f32(kLog2<float>));
@@ -454,7 +492,7 @@ LATTE_INLINE VecF tanh(VecF x) {
   const VecF small = p * square * magnitude + magnitude;
   const VecF e = exp(-2.0f * magnitude);
   const VecF large = 1.0f - 2.0f * e * reciprocal(1.0f + e);
-  return (VecF)((VecI)(magnitude < 0.625f ? small : large) | sign);
+  return (VecF)((VecI)select(magnitude < 0.625f, small, large) | sign);
 }
 LATTE_INLINE VecD tanh(VecD x) {
   for (int64_t i = 0; i < kLanes<double>; ++i) x[i] = __builtin_tanh(x[i]);
@@ -554,10 +592,10 @@ LATTE_INLINE VecD sqrt(VecD x) { return (VecD)_mm512_sqrt_pd((__m512d)x); }
 #elif LATTE_VECTOR_BYTES == 32
 LATTE_INLINE VecF sqrt(VecF x) { return (VecF)_mm256_sqrt_ps((__m256)x); }
 LATTE_INLINE VecD sqrt(VecD x) { return (VecD)_mm256_sqrt_pd((__m256d)x); }
-#elif defined(__SSE2__)
+#elif defined(LATTE_SSE2)
 LATTE_INLINE VecF sqrt(VecF x) { return (VecF)_mm_sqrt_ps((__m128)x); }
 LATTE_INLINE VecD sqrt(VecD x) { return (VecD)_mm_sqrt_pd((__m128d)x); }
-#elif defined(__aarch64__)
+#elif defined(LATTE_NEON)
 LATTE_INLINE VecF sqrt(VecF x) { return (VecF)vsqrtq_f32((float32x4_t)x); }
 LATTE_INLINE VecD sqrt(VecD x) { return (VecD)vsqrtq_f64((float64x2_t)x); }
 #else
@@ -576,7 +614,7 @@ LATTE_INLINE void stream(double* p, VecD x) { _mm512_stream_pd(p, (__m512d)x); }
 #elif LATTE_VECTOR_BYTES == 32
 LATTE_INLINE void stream(float* p, VecF x) { _mm256_stream_ps(p, (__m256)x); }
 LATTE_INLINE void stream(double* p, VecD x) { _mm256_stream_pd(p, (__m256d)x); }
-#elif defined(__SSE2__)
+#elif defined(LATTE_SSE2)
 LATTE_INLINE void stream(float* p, VecF x) { _mm_stream_ps(p, (__m128)x); }
 LATTE_INLINE void stream(double* p, VecD x) { _mm_stream_pd(p, (__m128d)x); }
 #else
@@ -586,7 +624,7 @@ LATTE_INLINE void stream(T* p, Vec<T> x) {
 }
 #endif
 LATTE_INLINE void stream_fence() {
-#if defined(__SSE2__)
+#if defined(LATTE_SSE2)
   _mm_sfence();
 #endif
 }
@@ -702,7 +740,7 @@ LATTE_INLINE void store_compute(float16* p, VecF x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 }
-#elif defined(__aarch64__)
+#elif defined(LATTE_NEON)
 LATTE_INLINE VecF load_compute(const bfloat16* p) {
   return (VecF)vshll_n_u16(vld1_u16(&p->bits), 16);
 }
@@ -796,7 +834,7 @@ LATTE_INLINE VecF first_lanes(int64_t count, VecF x, float rest) {
 // its normaliser is zero for every purpose. Restores the caller's mode.
 class FlushSubnormals {
  public:
-#if defined(__SSE2__)
+#if defined(LATTE_SSE2)
   FlushSubnormals() : saved_(_mm_getcsr()) { _mm_setcsr(saved_ | 0x8040u); }
   ~FlushSubnormals() { _mm_setcsr(saved_); }
   FlushSubnormals(const FlushSubnormals&) = delete;
@@ -804,7 +842,7 @@ class FlushSubnormals {
 
  private:
   unsigned saved_;
-#elif defined(__aarch64__)
+#elif defined(LATTE_NEON)
   FlushSubnormals() {
     asm volatile("mrs %0, fpcr" : "=r"(saved_));
     asm volatile("msr fpcr, %0" : : "r"(saved_ | (uint64_t{1} << 24)));
@@ -815,6 +853,8 @@ class FlushSubnormals {
 
  private:
   uint64_t saved_;
+#else
+  FlushSubnormals() {}  // no way to
 #endif
 };
 

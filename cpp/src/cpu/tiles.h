@@ -15,8 +15,8 @@ using cpu::kTileRows;
 
 // Rows [first, first + n) as rows of `stride` elements, zero in the lanes past the last channel.
 template <class T>
-__attribute__((noinline)) void convert_rows(const Rows& rows, int64_t first, int64_t n,
-                                            int64_t channels, T* out, int64_t stride) {
+LATTE_NOINLINE void convert_rows(const Rows& rows, int64_t first, int64_t n, int64_t channels,
+                                 T* out, int64_t stride) {
   if (rows.stride_c != 1) {
     Source<T>(rows, PerRow::every, channels, 1, T(0)).copy(first, n, out, stride);
     return;
@@ -38,8 +38,8 @@ __attribute__((noinline)) void convert_rows(const Rows& rows, int64_t first, int
   });
 }
 template <class T>
-__attribute__((noinline)) void write_rows(const Rows& rows, int64_t first, int64_t n,
-                                          int64_t channels, const T* from, int64_t stride) {
+LATTE_NOINLINE void write_rows(const Rows& rows, int64_t first, int64_t n, int64_t channels,
+                               const T* from, int64_t stride) {
   if (rows.stride_c != 1) {
     Sink<T>(rows, PerRow::every, channels, 1).write(first, n, [&](int64_t i, int64_t c) {
       return load(from + i * stride + c);

@@ -230,8 +230,8 @@ inline void hide(const Band& band, const KeyBlock<T>& block, int64_t index, int6
       for (int64_t c = 0; c < kPair<T>; c += kLanes<T>) {
         T* const p = logits + r * kQ + c;
         const Vec<T> lane = iota<T>(c);
-        const Vec<T> low = lane >= splat(T(seen.begin)) ? load(p) : splat(kAbsentLogit<T>);
-        store(p, lane < splat(T(seen.end)) ? low : splat(kAbsentLogit<T>));
+        const Vec<T> low = select(lane >= splat(T(seen.begin)), load(p), splat(kAbsentLogit<T>));
+        store(p, select(lane < splat(T(seen.end)), low, splat(kAbsentLogit<T>)));
       }
     }
   }
@@ -369,7 +369,7 @@ class WindowForward {
   void rescale(int64_t n) {
     Vec<T> changed = {};
     for (int64_t i = 0; i < kQ; i += kLanes<T>)
-      changed += load(alpha_ + i) == splat(T(1)) ? Vec<T>{} : splat(T(1));
+      changed += select(load(alpha_ + i) == splat(T(1)), Vec<T>{}, splat(T(1)));
     if (!any_greater(changed, Vec<T>{})) return;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t c = 0; c < value_width_; c += kLanes<T>) {

@@ -84,8 +84,8 @@ class Sinks {
     if (begin >= end) return;
     for (int64_t c = 0; c < kPair<T>; c += kLanes<T>) {
       const Vec<T> lane = iota<T>(c), x = load(row + c);
-      const Vec<T> low = lane < splat(begin) ? x : splat(kAbsentLogit<T>);
-      store(row + c, lane >= splat(end) ? x : low);
+      const Vec<T> low = select(lane < splat(begin), x, splat(kAbsentLogit<T>));
+      store(row + c, select(lane >= splat(end), x, low));
     }
   }
 
