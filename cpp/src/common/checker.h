@@ -67,7 +67,7 @@ class BaseChecker {
 
   // A tensor of this rank may be there: sizes that no workspace overflows by, memory unless empty.
   void memory(const char* name, const Tensor& t) const {
-    constexpr int64_t kMost = int64_t{1} << 48;
+    constexpr int64_t kMost = 281'474'976'710'656;  // 2^48
     int64_t count = 1;
     for (int64_t i = 0; i < t.rank; ++i) {
       if (t.shape[i] < 0 || (count > 0 && t.shape[i] > kMost / count))
