@@ -14,7 +14,7 @@ inline int device_stages(const char* op, int64_t stage_bytes, int64_t other_byte
   const int64_t limit = device_limits().shared_bytes;
   const int count = stages(stage_bytes, other_bytes, limit);
   if (count == 0)
-    throw Error(Error::Kind::runtime, "[" + std::string(op) + "] needs " +
+    throw Error(Error::Kind::runtime, std::string("[") + op + "] needs " +
                                           std::to_string(stage_bytes + other_bytes) +
                                           " bytes of shared memory per block, expected at most " +
                                           std::to_string(limit) + " on this device");

@@ -30,7 +30,7 @@ inline DType kernel_type_of(std::initializer_list<DType> dtypes) {
 }
 
 inline void check_limits(const char* op, const Problem& p) {
-  const std::string start = "[" + std::string(op) + "] ";
+  const std::string start = std::string("[") + op + "] ";
   if (p.is_double)
     throw Error(Error::Kind::type,
                 start + "q has dtype float64, expected float32, bfloat16 or float16 on CUDA");

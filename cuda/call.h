@@ -29,7 +29,7 @@ class Workspace {
   void require(const char* op) const {
     if (used_ > 0 && base_ == 0)
       throw Error(Error::Kind::value,
-                  "[" + std::string(op) + "] workspace is null, expected workspace_bytes() bytes");
+                  std::string("[") + op + "] workspace is null, expected workspace_bytes() bytes");
   }
 
  private:
@@ -58,7 +58,7 @@ template <class Kernel, class... Args>
 void launch_blocks(const char* op, Kernel kernel, int64_t blocks, dim3 threads,
                    int64_t shared_bytes, void* stream, const Args&... args) {
   if (blocks > INT32_MAX)
-    throw Error(Error::Kind::value, "[" + std::string(op) + "] needs " + std::to_string(blocks) +
+    throw Error(Error::Kind::value, std::string("[") + op + "] needs " + std::to_string(blocks) +
                                         " thread blocks, expected at most 2147483647");
   launch(kernel, dim3(static_cast<unsigned>(blocks)), threads, static_cast<size_t>(shared_bytes),
          stream, args...);

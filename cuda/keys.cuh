@@ -230,10 +230,10 @@ __device__ __forceinline__ Tile find_normalisers(const SharedMemory<Shape>& m,
                                                  const Stage<Shape>& s, int row, int i) {
   using Product = typename Shape::Product;
   Tile z, triangle;
-  for_each_element(z, [&](int, int l, float& x) {
-    x = m.norm()[16 * i + l];
-    for (int w = 0; w < row / 16; ++w) x += m.largest()[w * Shape::L + 16 * i + l];
-  });
+  for_each_element(z, [&](int, int l, float& x) { x = m.norm()[16 * i + l]; });
+#pragma unroll 1
+  for (int w = 0; w < row / 16; ++w)
+    for_each_element(z, [&](int, int l, float& x) { x += m.largest()[w * Shape::L + 16 * i + l]; });
   for_each_element(triangle, [](int t, int key, float& x) { x = key <= t; });
   Product::multiply(z, Product::left(triangle),
                     Product::right_rows(m.weights(s) + row * Shape::kWeightStride + 16 * i,

@@ -14,7 +14,7 @@ constexpr const char* kOp = "latent_attention_step";
 Problem validate_step(const LatentAttentionStep& params) {
   const Problem problem = validate(params);
   if (problem.latents > kMaxStepLatents)
-    throw Error(Error::Kind::value, "[" + std::string(kOp) + "] q has " +
+    throw Error(Error::Kind::value, std::string("[") + kOp + "] q has " +
                                         std::to_string(problem.latents) +
                                         " latents, expected at most " +
                                         std::to_string(kMaxStepLatents) + " on a CUDA device");

@@ -62,7 +62,7 @@ void launch(DType type, WindowKernel kernel, const WindowArgs& args, int64_t blo
 
 void check_channels(const char* op, const WindowProblem& problem) {
   if (problem.key_dim > kMaxDim || problem.dim > kMaxDim)
-    throw Error(Error::Kind::value, "[" + std::string(op) + "] q, v have " +
+    throw Error(Error::Kind::value, std::string("[") + op + "] q, v have " +
                                         std::to_string(problem.key_dim) + " and " +
                                         std::to_string(problem.dim) +
                                         " channels, expected at most 256 of each on CUDA");
@@ -72,7 +72,7 @@ void check_window(const char* op, const WindowProblem& problem) {
   check_channels(op, problem);
   if (problem.is_double)
     throw Error(Error::Kind::type,
-                "[" + std::string(op) +
+                std::string("[") + op +
                     "] q has dtype float64, expected float32, bfloat16 or float16 on CUDA");
 }
 

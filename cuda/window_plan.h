@@ -36,7 +36,8 @@ constexpr WindowBytes window_bytes(int64_t element, int64_t channels, int owned)
   WindowBytes b{};
   b.row = channels * element + kRowPadding;
   b.own = owned * kOwnRows * b.row;
-  b.streamed = streamed_rows(b.own, 2 * b.row);
+  // Outputs of 256 channels leave registers for the logits of 32 rows.
+  b.streamed = static_cast<int>(least(streamed_rows(b.own, 2 * b.row), channels == 256 ? 32 : 64));
   b.stage = 2 * b.streamed * b.row;
   return b;
 }

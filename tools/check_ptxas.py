@@ -298,6 +298,7 @@ def main() -> None:
     parser.add_argument("--include", action="append", default=[], help="folder of latte/export.h")
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="the kernels of QUICK, on sm_90 alone")
+    parser.add_argument("--only", nargs="+", metavar="SOURCE", help="of these, as step or rotate")
     parser.add_argument("--arch", action="append", help="90, ..: instead of those of the budget")
     parser.add_argument("--update", action="store_true", help="write the budget and its tables")
     parser.add_argument("--table", action="store_true", help="write the tables, compile no kernel")
@@ -315,10 +316,11 @@ def main() -> None:
         PAGE.write_text(page_with(tables()))
         return
     architectures = ["90"] if args.quick else args.arch or [arch[3:] for arch in sorted(budget)]
+    chosen = args.only or (QUICK if args.quick else None)
     sources = [
         source
         for source in sorted((ROOT / "cuda").glob("*.cu"))
-        if not args.quick or source.stem in QUICK
+        if chosen is None or source.stem in chosen
     ]
     version = nvcc_version()
     measured: Budget = {f"sm_{arch}": {} for arch in architectures}
@@ -328,10 +330,10 @@ def main() -> None:
             for task in tasks:
                 measured[f"sm_{arch}"].update(task.result())
     if args.update:
-        update(stored, measured, version, complete=not args.quick)
+        update(stored, measured, version, complete=chosen is None)
         PAGE.write_text(page_with(tables()))
     same = version == stored["nvcc"]
-    bad = compare(measured, budget, same, complete=not args.quick)
+    bad = compare(measured, budget, same, complete=chosen is None)
     if PAGE.read_text() != page_with(tables()):
         bad.append("docs/gpu.md: its tables are stale, run tools/check_ptxas.py --table")
     count = sum(map(len, measured.values()))
