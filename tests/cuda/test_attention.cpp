@@ -32,8 +32,7 @@ TEST(Attention, Tiles) {
 }
 
 TEST(Attention, Edges) {
-  for_each_edge({DType::float32, DType::bfloat16, DType::float16},
-                [](Call& call) { call.check_forward(); });
+  for_each_edge([](Call& call) { call.check_forward(); });
 }
 
 // A latent's maximum jumps in the middle of a chunk: below and above the range of the products.
@@ -93,15 +92,14 @@ TEST(Attention, Segments) {
 
 // Segments, slices and heads that share keys, all at once.
 TEST(Attention, SegmentsOfSlices) {
-  for (const DType dtype : kDeviceTypes)
-    for (const bool causal : {true, false}) {
-      Case c;
-      c.tokens = 513, c.latents = 250, c.dim = 66, c.heads = 2, c.kv_heads = 1;
-      c.causal = causal, c.initial = causal, c.masked = true;
-      if (causal) c.borders = {0, 0, 512, 513};
-      c.set_type(dtype);
-      Call(c).check_forward();
-    }
+  for (const bool causal : {true, false}) {
+    Case c;
+    c.tokens = 513, c.latents = 130, c.dim = 33, c.heads = 2, c.kv_heads = 1;
+    c.causal = causal, c.initial = causal, c.masked = true;
+    if (causal) c.borders = {0, 0, 512, 513};
+    c.set_type(DType::float16);
+    Call(c).check_forward();
+  }
 }
 
 // Whatever a measurement chooses, the values are the same.
