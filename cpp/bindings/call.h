@@ -5,30 +5,20 @@
 
 #include <pybind11/pybind11.h>
 
-#include <memory>
-#include <new>
-
 #include "latte/cuda.h"
 #include "latte/latte.h"
+#include "operators/workspace.h"
 
 namespace latte::python {
 
 namespace py = pybind11;
 
-struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
-};
-
 template <class Params>
 void call_on_cpu(void (*run)(const Params&, void*, int), const Params& params, int threads) {
-  // Enough for one token, whose kernel takes little longer than an allocation.
-  alignas(64) char small[8192];
-  const auto bytes = static_cast<size_t>(workspace_bytes(params, threads));
-  std::unique_ptr<char, AlignedDelete> large;
-  if (bytes > sizeof small)
-    large.reset(static_cast<char*>(::operator new[](bytes, std::align_val_t{64})));
-  const py::gil_scoped_release release;
-  run(params, large ? large.get() : small, threads);
+  operators::with_workspace(params, threads, [&](void* workspace) {
+    const py::gil_scoped_release release;
+    run(params, workspace, threads);
+  });
 }
 
 // A stream of a CUDA device. allocate(bytes) makes a tensor whose memory is free for others in the
@@ -75,8 +65,5 @@ void call(void (*on_cpu)(const Params&), void (*on_cuda)(const Params&, void*),
   cuda::set_device(stream->device);
   on_cuda(params, reinterpret_cast<void*>(stream->handle));
 }
-
-// Of window.cpp.
-void define_window(py::module_& m);
 
 }  // namespace latte::python

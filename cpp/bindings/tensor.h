@@ -72,17 +72,21 @@ inline bool read_through_dlpack(PyObject* object, Tensor& t, Devices devices) {
   return true;
 }
 
-inline DType dtype_from_torch(const py::handle& dtype) {
-  // torch's dtype objects in the order of DType, looked up once and never released: they outlive
-  // the interpreter's shutdown.
+// torch's dtype objects in the order of DType, looked up once and never released: they outlive the
+// interpreter's shutdown.
+inline const py::object* torch_dtypes() {
   static const py::object* const kinds = [] {
     const py::module_ torch = py::module_::import("torch");
     return new py::object[7]{torch.attr("float32"), torch.attr("float64"), torch.attr("bfloat16"),
                              torch.attr("float16"), torch.attr("bool"),    torch.attr("int32"),
                              torch.attr("int64")};
   }();
+  return kinds;
+}
+
+inline DType dtype_from_torch(const py::handle& dtype) {
   for (int i = 0; i < 7; ++i)
-    if (kinds[i].is(dtype)) return static_cast<DType>(i);
+    if (torch_dtypes()[i].is(dtype)) return static_cast<DType>(i);
   throw py::type_error("[latte_ext] got a tensor of " + py::str(dtype).cast<std::string>() +
                        ", expected torch.float32, float64, bfloat16, float16, bool, int32 or "
                        "int64");
@@ -106,17 +110,6 @@ inline Tensor tensor_from_torch(const py::handle& object, bool read = true) {
     t.stride[i] = stride[i].cast<int64_t>();
   }
   return t;
-}
-
-// A contiguous tensor of that shape and type that nobody writes.
-inline Tensor output_like(const Tensor& x) {
-  Tensor y = x;
-  int64_t stride = 1;
-  for (int64_t i = x.rank < 4 ? x.rank - 1 : 3; i >= 0; --i) {
-    y.stride[i] = stride;
-    stride *= x.shape[i];
-  }
-  return y;
 }
 
 }  // namespace latte::python

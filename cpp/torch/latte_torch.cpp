@@ -1,29 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
-// Operators of torch.ops.latte_ext for programs without Python, through torch's stable C interface:
-// a package of AOTInductor finds them after dlopen(). Schemas as in python/latte_ext/_ops.py, which
-// registers nothing of what is here already: an operator has one definer.
+// The operators of torch.ops.latte_ext for programs without Python, through torch's stable C
+// interface: a package of AOTInductor finds them after dlopen(). The Python package registers
+// nothing of what is here already: an operator has one definer.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include <array>
-#include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
-#include <string>
-#include <tuple>
 
-#include "latte/latte.h"
+#include "operators/all.h"
+#include "operators/workspace.h"
 
 namespace {
 
 using torch::headeronly::ScalarType;
-using Tensor = torch::stable::Tensor;
-using Optional = std::optional<Tensor>;
 
-latte::DType dtype_of(const Tensor& x) {
-  switch (x.scalar_type()) {
+latte::DType dtype_of(ScalarType type) {
+  switch (type) {
     case ScalarType::Float:
       return latte::DType::float32;
     case ScalarType::Double:
@@ -40,110 +35,122 @@ latte::DType dtype_of(const Tensor& x) {
       return latte::DType::int64;
     default:
       throw std::runtime_error(
-          "[latte_ext] got a tensor of an unsupported dtype, expected float32, "
-          "float64, bfloat16, float16, bool, int32 or int64");
+          "[latte_ext] got a tensor of an unsupported dtype, expected float32, float64, bfloat16, "
+          "float16, bool, int32 or int64");
   }
 }
 
-latte::Tensor view(const Tensor& x) {
-  latte::Tensor t;
-  t.data = x.data_ptr();
-  t.dtype = dtype_of(x);
-  t.rank = x.dim();
-  // The core refuses a higher rank by name.
-  for (int64_t i = 0; i < t.rank && i < 4; ++i) {
-    t.shape[i] = x.size(i);
-    t.stride[i] = x.stride(i);
+int32_t torch_dtype(latte::DType dtype) {
+  switch (dtype) {
+    case latte::DType::float32:
+      return aoti_torch_dtype_float32();
+    case latte::DType::float64:
+      return aoti_torch_dtype_float64();
+    case latte::DType::bfloat16:
+      return aoti_torch_dtype_bfloat16();
+    case latte::DType::float16:
+      return aoti_torch_dtype_float16();
+    case latte::DType::boolean:
+      return aoti_torch_dtype_bool();
+    case latte::DType::int32:
+      return aoti_torch_dtype_int32();
+    case latte::DType::int64:
+      return aoti_torch_dtype_int64();
   }
-  return t;
+  throw std::runtime_error("[latte_ext] got an unknown dtype");
 }
 
-latte::Tensor view(const Optional& x) { return x ? view(*x) : latte::Tensor{}; }
+// CPU tensors of torch, as cpp/operators takes them.
+struct Host {
+  using Tensor = torch::stable::Tensor;
+  using Optional = std::optional<Tensor>;
 
-// Outputs are sized from these shapes before the core sees the call.
-void check_rank(const char* op, const char* name, const Tensor& x, int64_t rank) {
-  if (x.dim() != rank)
-    throw std::runtime_error(std::string("[") + op + "] " + name + " has " +
-                             std::to_string(x.dim()) + " dimensions, expected " +
-                             std::to_string(rank));
-}
+  static latte::Tensor view(const Tensor& x) {
+    latte::Tensor t;
+    t.data = x.data_ptr();
+    t.dtype = dtype_of(x.scalar_type());
+    t.rank = x.dim();
+    // The core refuses a higher rank by name.
+    for (int64_t i = 0; i < t.rank && i < 4; ++i) {
+      t.shape[i] = x.size(i);
+      t.stride[i] = x.stride(i);
+    }
+    return t;
+  }
 
-struct AlignedDelete {
-  void operator()(char* p) const { ::operator delete[](p, std::align_val_t{64}); }
+  static latte::Tensor view(const Optional& x) { return x ? view(*x) : latte::Tensor{}; }
+
+  static Tensor empty(const Tensor&, latte::DType dtype, const latte::operators::Sizes& sizes) {
+    latte::operators::Sizes strides(sizes.size());
+    int64_t stride = 1;
+    for (size_t i = sizes.size(); i-- > 0;) {
+      strides[i] = stride;
+      stride *= sizes[i] > 0 ? sizes[i] : 1;
+    }
+    AtenTensorHandle made = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                 torch_dtype(dtype), aoti_torch_device_type_cpu(), 0, &made));
+    return Tensor(made);
+  }
+
+  static Tensor extra(const Tensor& like, latte::DType dtype,
+                      const latte::operators::Sizes& sizes) {
+    return empty(like, dtype, sizes);
+  }
+
+  static Tensor scratch(const Tensor& like, latte::DType dtype,
+                        const latte::operators::Sizes& sizes) {
+    return empty(like, dtype, sizes);
+  }
+
+  static Tensor empty_like(const Tensor& x) { return torch::stable::empty_like(x); }
+
+  static Tensor clone(const Tensor& x) { return torch::stable::clone(x); }
+
+  static void zero(Tensor& x) { torch::stable::zero_(x); }
+
+  template <class Params, class OnCuda>
+  static void call(void (*on_cpu)(const Params&, void*, int), OnCuda, const Params& params) {
+    const int threads = static_cast<int>(torch::stable::get_num_threads());
+    latte::operators::with_workspace(params, threads,
+                                     [&](void* workspace) { on_cpu(params, workspace, threads); });
+  }
+
+  template <class Params, class OnCuda>
+  static void call(void (*on_cpu)(const Params&), OnCuda, const Params& params) {
+    on_cpu(params);
+  }
 };
 
-template <class Params>
-void call(void (*run)(const Params&, void*, int), const Params& params) {
-  const int threads = static_cast<int>(torch::stable::get_num_threads());
-  const auto bytes = static_cast<size_t>(latte::workspace_bytes(params, threads));
-  const std::unique_ptr<char, AlignedDelete> workspace(
-      static_cast<char*>(::operator new[](bytes, std::align_val_t{64})));
-  run(params, workspace.get(), threads);
-}
+template <class Operator, class Signature>
+struct Kernel;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> latent_attention(
-    const Tensor& q, const Tensor& k, const Tensor& v, const Optional& key_mask,
-    const Optional& cu_seqlens, const Optional& max, const Optional& norm, const Optional& mean,
-    bool causal, double scale) {
-  check_rank("latent_attention", "q", q, 4);
-  check_rank("latent_attention", "k", k, 4);
-  check_rank("latent_attention", "v", v, 4);
-  if (cu_seqlens) check_rank("latent_attention", "cu_seqlens", *cu_seqlens, 1);
-  const ScalarType wide =
-      v.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  const int64_t sequences = cu_seqlens ? cu_seqlens->size(0) - 1 : q.size(0);
-  const std::array<int64_t, 4> rows{q.size(0), q.size(1), q.size(2), v.size(3)};
-  const std::array<int64_t, 4> means{sequences, k.size(1), q.size(3), v.size(3)};
-  const std::array<int64_t, 3> logits{sequences, k.size(1), q.size(3)};
-  Tensor y = torch::stable::new_empty(v, rows);
-  Tensor final_max = torch::stable::new_empty(v, logits, wide);
-  Tensor final_norm = torch::stable::new_empty(v, logits, wide);
-  Tensor final_mean = torch::stable::new_empty(v, means, wide);
-  latte::LatentAttentionForward p;
-  p.q = view(q);
-  p.k = view(k);
-  p.v = view(v);
-  p.key_mask = view(key_mask);
-  p.cu_seqlens = view(cu_seqlens);
-  p.initial = {view(max), view(norm), view(mean)};
-  p.y = view(y);
-  p.final = {view(final_max), view(final_norm), view(final_mean)};
-  p.causal = causal;
-  p.scale = scale;
-  call(latte::latent_attention_forward, p);
-  return {y, final_max, final_norm, final_mean};
-}
+template <class Operator, class Result, class... Args>
+struct Kernel<Operator, Result (*)(Host&, Args...)> {
+  static Result run(Args... args) {
+    Host host;
+    try {
+      return Operator::template run<Host>(host, args...);
+    } catch (const latte::Error& error) {
+      // What torch's binding makes a ValueError of, if Python is there.
+      if (error.kind == latte::Error::Kind::value) throw std::invalid_argument(error.what());
+      throw;
+    }
+  }
+};
 
-Tensor latent_attention_step(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& max,
-                             const Tensor& norm, const Tensor& mean, double scale) {
-  check_rank("latent_attention_step", "q", q, 3);
-  check_rank("latent_attention_step", "v", v, 3);
-  const std::array<int64_t, 3> rows{q.size(0), q.size(1), v.size(2)};
-  Tensor y = torch::stable::new_empty(v, rows);
-  latte::LatentAttentionStep p;
-  p.q = view(q);
-  p.k = view(k);
-  p.v = view(v);
-  p.state = {view(max), view(norm), view(mean)};
-  p.y = view(y);
-  p.scale = scale;
-  call(latte::latent_attention_step, p);
-  return y;
-}
+template <class Operator>
+using KernelOf = Kernel<Operator, decltype(&Operator::template run<Host>)>;
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(latte_ext, m) {
-  m.def(
-      "latent_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens, "
-      "Tensor? max, Tensor? norm, Tensor? mean, bool causal, float scale)"
-      " -> (Tensor y, Tensor max, Tensor norm, Tensor mean)");
-  m.def(
-      "latent_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) max, Tensor(b!) norm, "
-      "Tensor(c!) mean, float scale) -> Tensor y");
+  latte::operators::for_each([&]<class Operator>() { m.def(Operator::schema); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(latte_ext, CPU, m) {
-  m.impl("latent_attention", TORCH_BOX(&latent_attention));
-  m.impl("latent_attention_step", TORCH_BOX(&latent_attention_step));
+  latte::operators::for_each([&]<class Operator>() {
+    m.impl(latte::operators::name_of<Operator>().c_str(), TORCH_BOX(&KernelOf<Operator>::run));
+  });
 }

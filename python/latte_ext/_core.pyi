@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from torch import Tensor
 
@@ -18,23 +18,33 @@ class CudaInfo(TypedDict):
     devices: list[str]
     error: str
 
-def latent_attention_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max: Tensor | None,
-    norm: Tensor | None,
-    mean: Tensor | None,
-    y: Tensor,
-    final_max: Tensor | None,
-    final_norm: Tensor | None,
-    final_mean: Tensor | None,
-    causal: bool,
-    scale: float,
-    where: Where,
-) -> None: ...
+# Of every operator of torch.ops.latte_ext, by name.
+SCHEMAS: dict[str, str]
+
+# The arguments of its schema, then where: Where, and out: tuple[Tensor | None, ...] | None, memory
+# for the results in their order (None for one that is not wanted). Returns the results.
+Operator = Callable[..., Any]
+
+latent_attention: Operator
+latent_attention_backward: Operator
+latent_attention_step: Operator
+state_merge: Operator
+linear_recurrence: Operator
+linear_recurrence_backward: Operator
+rg_lru: Operator
+rg_lru_backward: Operator
+rg_lru_step: Operator
+short_conv: Operator
+short_conv_backward: Operator
+short_conv_step: Operator
+sliding_window_attention: Operator
+sliding_window_attention_backward: Operator
+sliding_window_attention_step: Operator
+macchiato_attention: Operator
+macchiato_attention_backward: Operator
+macchiato_attention_step: Operator
+rotate: Operator
+
 def latent_attention_check(
     q: Tensor,
     k: Tensor,
@@ -46,142 +56,6 @@ def latent_attention_check(
     mean: Tensor | None,
     causal: bool,
     scale: float,
-) -> None: ...
-def latent_attention_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max: Tensor | None,
-    norm: Tensor | None,
-    mean: Tensor | None,
-    dy: Tensor,
-    d_final_norm: Tensor | None,
-    d_final_mean: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    d_norm: Tensor | None,
-    d_mean: Tensor | None,
-    causal: bool,
-    scale: float,
-    where: Where,
-) -> None: ...
-def latent_attention_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    max: Tensor,
-    norm: Tensor,
-    mean: Tensor,
-    y: Tensor,
-    scale: float,
-    where: Where,
-) -> None: ...
-def state_merge(
-    max: Tensor,
-    norm: Tensor,
-    mean: Tensor,
-    other_max: Tensor,
-    other_norm: Tensor,
-    other_mean: Tensor,
-    out_max: Tensor,
-    out_norm: Tensor,
-    out_mean: Tensor,
-    where: Where,
-) -> None: ...
-def latent_attention_step_plain(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    max: Tensor,
-    norm: Tensor,
-    mean: Tensor,
-    scale: float,
-    threads: int,
-) -> Tensor | None: ...
-def linear_recurrence_forward(
-    a: Tensor,
-    b: Tensor,
-    cu_seqlens: Tensor | None,
-    h0: Tensor | None,
-    h: Tensor,
-    final: Tensor | None,
-    reverse: bool,
-    where: Where,
-) -> None: ...
-def linear_recurrence_backward(
-    a: Tensor,
-    h: Tensor,
-    cu_seqlens: Tensor | None,
-    h0: Tensor | None,
-    dh: Tensor,
-    d_final: Tensor | None,
-    da: Tensor,
-    db: Tensor,
-    d_h0: Tensor | None,
-    reverse: bool,
-    where: Where,
-) -> None: ...
-def rg_lru_forward(
-    x: Tensor,
-    gate_a: Tensor,
-    gate_x: Tensor,
-    log_lambda: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    h0: Tensor | None,
-    fresh: Tensor | None,
-    y: Tensor,
-    final: Tensor | None,
-    reverse: bool,
-    where: Where,
-) -> None: ...
-def rg_lru_backward(
-    x: Tensor,
-    gate_a: Tensor,
-    gate_x: Tensor,
-    log_lambda: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    h0: Tensor | None,
-    fresh: Tensor | None,
-    y: Tensor,
-    dy: Tensor,
-    d_final: Tensor | None,
-    dx: Tensor,
-    d_gate_a: Tensor,
-    d_gate_x: Tensor,
-    d_log_lambda: Tensor,
-    d_h0: Tensor | None,
-    reverse: bool,
-    where: Where,
-) -> None: ...
-def short_conv_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    cu_seqlens: Tensor | None,
-    state: Tensor | None,
-    y: Tensor,
-    final: Tensor | None,
-    causal: bool,
-    where: Where,
-) -> None: ...
-def short_conv_backward(
-    x: Tensor,
-    weight: Tensor,
-    cu_seqlens: Tensor | None,
-    state: Tensor | None,
-    dy: Tensor,
-    d_final: Tensor | None,
-    dx: Tensor,
-    d_weight: Tensor,
-    d_bias: Tensor | None,
-    d_state: Tensor | None,
-    causal: bool,
-    where: Where,
 ) -> None: ...
 def linear_recurrence_check(
     a: Tensor, b: Tensor, cu_seqlens: Tensor | None, h0: Tensor | None
@@ -226,184 +100,6 @@ def sliding_window_check(
     causal: bool,
     scale: float,
     softcap: float,
-) -> None: ...
-def sliding_window_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    q_sink: Tensor | None,
-    k_sink: Tensor | None,
-    v_sink: Tensor | None,
-    sink_position: Tensor | None,
-    start: Tensor | None,
-    y: Tensor,
-    log_sum: Tensor | None,
-    wide: Tensor | None,
-    window: int,
-    past: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    where: Where,
-) -> None: ...
-def sliding_window_backward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    q_sink: Tensor | None,
-    k_sink: Tensor | None,
-    v_sink: Tensor | None,
-    sink_position: Tensor | None,
-    start: Tensor | None,
-    log_sum: Tensor,
-    wide: Tensor,
-    dy: Tensor,
-    d_log_sum: Tensor | None,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dq_sink: Tensor | None,
-    dk_sink: Tensor | None,
-    dv_sink: Tensor | None,
-    window: int,
-    past: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    where: Where,
-) -> None: ...
-def sliding_window_step(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor,
-    position: Tensor,
-    q_sink: Tensor | None,
-    k_sink: Tensor | None,
-    v_sink: Tensor | None,
-    sink_position: Tensor | None,
-    y: Tensor,
-    scale: float,
-    softcap: float,
-    where: Where,
-) -> None: ...
-def macchiato_forward(
-    q_latent: Tensor,
-    k_latent: Tensor,
-    v_latent: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    latent_mask: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max: Tensor | None,
-    norm: Tensor | None,
-    mean: Tensor | None,
-    q_sink: Tensor | None,
-    k_sink: Tensor | None,
-    v_sink: Tensor | None,
-    sink_position: Tensor | None,
-    start: Tensor | None,
-    y: Tensor,
-    total: Tensor,
-    log_sum: Tensor | None,
-    wide: Tensor | None,
-    final_max: Tensor,
-    final_norm: Tensor,
-    final_mean: Tensor,
-    window: int,
-    past: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    latent_scale: float,
-    where: Where,
-) -> None: ...
-def macchiato_backward(
-    q_latent: Tensor,
-    k_latent: Tensor,
-    v_latent: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    latent_mask: Tensor | None,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    max: Tensor | None,
-    norm: Tensor | None,
-    mean: Tensor | None,
-    q_sink: Tensor | None,
-    k_sink: Tensor | None,
-    v_sink: Tensor | None,
-    sink_position: Tensor | None,
-    start: Tensor | None,
-    total: Tensor,
-    log_sum: Tensor,
-    wide: Tensor,
-    dy: Tensor,
-    d_final_norm: Tensor | None,
-    d_final_mean: Tensor | None,
-    dq_latent: Tensor,
-    dk_latent: Tensor,
-    dv_latent: Tensor,
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    dq_sink: Tensor | None,
-    dk_sink: Tensor | None,
-    dv_sink: Tensor | None,
-    d_norm: Tensor | None,
-    d_mean: Tensor | None,
-    one_value: bool,
-    window: int,
-    past: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    latent_scale: float,
-    where: Where,
-) -> None: ...
-def macchiato_step(
-    q_latent: Tensor,
-    k_latent: Tensor,
-    v_latent: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    max: Tensor | None,
-    norm: Tensor | None,
-    mean: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor,
-    position: Tensor,
-    q_sink: Tensor | None,
-    k_sink: Tensor | None,
-    v_sink: Tensor | None,
-    sink_position: Tensor | None,
-    y: Tensor,
-    scale: float,
-    softcap: float,
-    latent_scale: float,
-    where: Where,
-) -> None: ...
-def rotate(
-    x: Tensor,
-    position: Tensor,
-    rates: Tensor | None,
-    y: Tensor,
-    base: float,
-    dim: int,
-    interleaved: bool,
-    inverse: bool,
-    where: Where,
 ) -> None: ...
 def rotate_check(
     x: Tensor, position: Tensor, rates: Tensor | None, base: float, dim: int

@@ -8,11 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core
 from ._autograd import differentiable, linearised
 from ._batching import ROTATION
 from ._checks import check_rank
-from ._device import where
+from ._direct import direct
 from ._register import register
 
 
@@ -20,23 +19,6 @@ def _fake(x: Tensor, *_: Any) -> Tensor:
     check_rank("rotate", 4, x=x)
     # In x's order of memory: a transposed projection stays one.
     return torch.empty_like(x)
-
-
-def _kernel(
-    x: Tensor,
-    position: Tensor,
-    rates: Tensor | None,
-    base: float,
-    dim: int | None,
-    interleaved: bool,
-    inverse: bool,
-) -> Tensor:
-    y = _fake(x)
-    _core.rotate(
-        x, position, rates, y, base, x.shape[3] if dim is None else dim, interleaved, inverse,
-        where(x),
-    )  # fmt: skip
-    return y
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -63,7 +45,9 @@ def _tangents(*args: Any) -> Any:
 
 
 rotate = register(
-    "rotate(Tensor x, Tensor position, Tensor? rates, float base, SymInt? dim, bool interleaved, "
-    "bool inverse) -> Tensor y",
-    _kernel, _fake, differentiable(_save, _gradients, _tangents, constants=("rates",)), ROTATION,
-)  # fmt: skip
+    "rotate",
+    _fake,
+    differentiable(_save, _gradients, _tangents, constants=("rates",)),
+    ROTATION,
+)
+rotate_direct = direct(rotate)

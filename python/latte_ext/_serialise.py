@@ -163,6 +163,9 @@ def _bytes_of(x: Tensor) -> bytes:
 def _tensor_of(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
     if not data:
         return torch.empty(shape, dtype=dtype)
+    if dtype == torch.bool:
+        # A bool of another bit pattern than 0 or 1 is neither true nor false.
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8).ne(0).reshape(shape)
     return torch.frombuffer(bytearray(data), dtype=torch.uint8).view(dtype).reshape(shape)
 
 

@@ -36,10 +36,15 @@ def check_window(
     if window > 1 << 62:  # positions are added to it
         raise ValueError(f"[{op}] window is {window}, expected at most 2^62")
     if scale is None:
-        scale = 1 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
+        scale = default_scale(q)
     check_flags(op, causal=causal)
     check_scale(op, scale)
     return scale
+
+
+def default_scale(q: Tensor) -> float:
+    """1/sqrt(Dk)."""
+    return 1 / math.sqrt(q.shape[-1]) if q.dim() and q.shape[-1] else 1.0
 
 
 def check_softcap(op: str, softcap: float | None) -> float:

@@ -15,16 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import _core
 from ._autograd import differentiable, in_place, once_differentiable
 from ._batching import ATTENTION
 from ._checks import check_rank
-from ._device import where
+from ._direct import direct
 from ._register import (
     compute_dtype,
     like,
     like_or_nothing,
-    mark_updated,
     register,
 )
 
@@ -47,41 +45,10 @@ def step_output(q: Tensor, v: Tensor) -> Tensor:
     return v.new_empty((q.shape[0], q.shape[1], v.shape[2]))
 
 
-def or_none(wide: Tensor) -> Tensor | None:
-    """`wide` if it was asked for."""
-    return wide if wide.dim() > 1 else None
-
-
 def _forward_fake(q: Tensor, k: Tensor, v: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     *_, save = args
     check_rank("sliding_window_attention", 4, q=q, k=k, v=v)
     return window_outputs(q, v, save)
-
-
-def _forward_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    q_sink: Tensor | None,
-    k_sink: Tensor | None,
-    v_sink: Tensor | None,
-    sink_position: Tensor | None,
-    start: Tensor | None,
-    window: int,
-    past: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, log_sum, wide = _forward_fake(q, k, v, save)
-    _core.sliding_window_forward(
-        q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position, start, y, log_sum,
-        or_none(wide), window, past, causal, scale, softcap, where(q),
-    )  # fmt: skip
-    return y, log_sum, wide
 
 
 def sink_gradients(q: Tensor, *sinks: Tensor | None) -> list[Tensor]:
@@ -107,38 +74,6 @@ def _backward_fake(
     return like(q), like(k), like(v), *sink_gradients(q, q_sink, k_sink, v_sink)
 
 
-def _backward_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    q_sink: Tensor | None,
-    k_sink: Tensor | None,
-    v_sink: Tensor | None,
-    sink_position: Tensor | None,
-    start: Tensor | None,
-    log_sum: Tensor,
-    wide: Tensor,
-    dy: Tensor,
-    d_log_sum: Tensor | None,
-    window: int,
-    past: int,
-    causal: bool,
-    scale: float,
-    softcap: float,
-) -> tuple[Tensor, ...]:
-    gradients = _backward_fake(q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink)
-    dq, dk, dv, *of_sinks = gradients
-    dq_sink, dk_sink, dv_sink = given(of_sinks, (q_sink, k_sink, v_sink))
-    _core.sliding_window_backward(
-        q, k, v, key_mask, cu_seqlens, q_sink, k_sink, v_sink, sink_position, start, log_sum, wide,
-        dy, d_log_sum, dq, dk, dv, dq_sink, dk_sink, dv_sink, window, past, causal, scale, softcap,
-        where(q),
-    )  # fmt: skip
-    return gradients
-
-
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *tensors, window, past, causal, scale, softcap, _ = inputs
     ctx.scalars = window, past, causal, scale, softcap
@@ -162,48 +97,23 @@ def _step_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return step_output(q, v)
 
 
-def _step_kernel(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor,
-    position: Tensor,
-    q_sink: Tensor | None,
-    k_sink: Tensor | None,
-    v_sink: Tensor | None,
-    sink_position: Tensor | None,
-    scale: float,
-    softcap: float,
-) -> Tensor:
-    y = _step_fake(q, k, v)
-    _core.sliding_window_step(
-        q, k, v, key, value, valid, position, q_sink, k_sink, v_sink, sink_position, y, scale,
-        softcap, where(q),
-    )  # fmt: skip
-    mark_updated(key, value, valid, position)
-    return y
-
-
 sliding_window_attention = register(
-    "sliding_window_attention(Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? cu_seqlens, "
-    "Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, Tensor? sink_position, Tensor? start, "
-    "int window, int past, bool causal, float scale, float softcap, bool save)"
-    " -> (Tensor y, Tensor log_sum, Tensor wide)",
-    _forward_kernel, _forward_fake, differentiable(_save, _gradients), ATTENTION,
-)  # fmt: skip
+    "sliding_window_attention",
+    _forward_fake,
+    differentiable(_save, _gradients),
+    ATTENTION,
+)
+sliding_window_attention_direct = direct(sliding_window_attention)
 _backward = register(
-    "sliding_window_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? key_mask, "
-    "Tensor? cu_seqlens, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, Tensor? sink_position, "
-    "Tensor? start, Tensor log_sum, Tensor wide, Tensor dy, Tensor? d_log_sum, int window, "
-    "int past, bool causal, float scale, float softcap) -> (Tensor dq, Tensor dk, Tensor dv, "
-    "Tensor dq_sink, Tensor dk_sink, Tensor dv_sink)",
-    _backward_kernel, _backward_fake, once_differentiable, ATTENTION,
-)  # fmt: skip
+    "sliding_window_attention_backward",
+    _backward_fake,
+    once_differentiable,
+    ATTENTION,
+)
 sliding_window_attention_step = register(
-    "sliding_window_attention_step(Tensor q, Tensor k, Tensor v, Tensor(a!) key, Tensor(b!) value, "
-    "Tensor(c!) valid, Tensor(d!) position, Tensor? q_sink, Tensor? k_sink, Tensor? v_sink, "
-    "Tensor? sink_position, float scale, float softcap) -> Tensor y",
-    _step_kernel, _step_fake, in_place("cache"), ATTENTION,
-)  # fmt: skip
+    "sliding_window_attention_step",
+    _step_fake,
+    in_place("cache"),
+    ATTENTION,
+)
+sliding_window_attention_step_direct = direct(sliding_window_attention_step)

@@ -73,6 +73,12 @@ def short_conv(
         TypeError: dtypes.
         RuntimeError: devices.
     """
+    if backend is None and (causal or not return_state):
+        results = _mixer_ops.short_conv_direct(
+            x, weight, bias, cu_seqlens, state, causal, extras=return_state
+        )
+        if results is not None:
+            return results if return_state else results[0]  # type: ignore[no-any-return]
     check_short_conv(
         x, weight, bias, causal=causal, state=state, cu_seqlens=cu_seqlens,
         return_state=return_state, backend=backend, shapes=backend == "reference",
@@ -134,6 +140,9 @@ def short_conv_step(x: Tensor, weight: Tensor, bias: Tensor | None, state: Tenso
         TypeError: dtypes.
         RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
+    y: Tensor | None = _mixer_ops.short_conv_step_direct(x, weight, bias, state)
+    if y is not None:
+        return y
     op = "short_conv_step"
     check_tensors(op, {"x": x, "weight": weight, "state": state}, bias=bias)
     return _mixer_ops.short_conv_step(x, weight, bias, state)  # type: ignore[no-any-return]

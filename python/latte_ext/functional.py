@@ -19,8 +19,7 @@ from ._checks import (
     check_tensors,
     check_type,
 )
-from ._sharding import in_region
-from .state import LatentState
+from .state import LatentState, unchecked_state
 
 
 @overload
@@ -91,6 +90,14 @@ def latent_attention(
         TypeError: dtypes.
         RuntimeError: devices.
     """
+    triple: tuple[Tensor, Tensor, Tensor] | tuple[None, None, None]
+    if backend is None and (state is None or isinstance(state, LatentState)):
+        triple = (None, None, None) if state is None else state.tensors()
+        results = _ops.latent_attention_direct(
+            q, k, v, key_mask, cu_seqlens, *triple, causal, scale, extras=return_state
+        )
+        if results is not None:
+            return (results[0], unchecked_state(results[1:])) if return_state else results[0]
     triple = check_latent_attention(
         q, k, v, causal=causal, scale=scale, key_mask=key_mask, cu_seqlens=cu_seqlens, state=state,
         backend=backend, shapes=backend == "reference",
@@ -129,8 +136,8 @@ def latent_attention_step(
         TypeError: dtypes.
         RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
-    if isinstance(state, LatentState) and not in_region():
-        y = _ops.latent_attention_step_direct(q, k, v, state.max, state.norm, state.mean, scale)
+    if isinstance(state, LatentState):
+        y: Tensor | None = _ops.latent_attention_step_direct(q, k, v, *state.tensors(), scale)
         if y is not None:
             return y
     op = "latent_attention_step"

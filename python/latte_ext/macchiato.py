@@ -182,10 +182,14 @@ def macchiato_attention(
         save = is_differentiated(
             q_latent, k_latent, v_latent, q, seen.key, seen.value, *triple, q_sink, k_sink, v_sink
         )
-        y, _, _, _, *final = _macchiato_ops.macchiato_attention(
+        arguments = (
             q_latent, k_latent, v_latent, q, seen.key, seen.value, key_mask, seen.mask, cu_seqlens,
             *triple, *given, *scalars, float(latent_scale), save,
         )  # fmt: skip
+        results = _macchiato_ops.macchiato_attention_direct(*arguments, extras=return_state)
+        if results is None:
+            results = _macchiato_ops.macchiato_attention(*arguments)
+        y, _, _, _, *final = results
     if not return_state:
         return y
     latent = LatentState(*final) if k_latent.shape[3] else None
@@ -249,10 +253,14 @@ def macchiato_attention_step(
         return y.to(v.dtype)
     sinks_given = sink_tensors(op, q, sinks)
     triple = (None, None, None) if latent is None else latent.tensors()
-    y = _macchiato_ops.macchiato_attention_step(
+    arguments = (
         q_latent.to(compute_dtype(q, k, v)), k_latent, v_latent, q, k, v, *triple,
         *cache.tensors(), *sinks_given, scale, cap, float(latent_scale),
     )  # fmt: skip
+    stepped: Tensor | None = _macchiato_ops.macchiato_attention_step_direct(*arguments)
+    if stepped is not None:
+        return stepped
+    y = _macchiato_ops.macchiato_attention_step(*arguments)
     return y
 
 

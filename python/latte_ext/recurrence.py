@@ -65,6 +65,12 @@ def linear_recurrence(
         TypeError: dtypes.
         RuntimeError: devices.
     """
+    if backend is None:
+        results = _mixer_ops.linear_recurrence_direct(
+            a, b, cu_seqlens, h0, reverse, extras=return_state
+        )
+        if results is not None:
+            return results if return_state else results[0]  # type: ignore[no-any-return]
     check_linear_recurrence(
         a, b, h0=h0, cu_seqlens=cu_seqlens, reverse=reverse, backend=backend,
         shapes=backend == "reference",
@@ -153,6 +159,13 @@ def rg_lru(
         TypeError: dtypes.
         RuntimeError: devices.
     """
+    if backend is None:
+        results = _mixer_ops.rg_lru_direct(
+            x, gate_a, gate_x, log_lambda, key_mask, cu_seqlens, h0, fresh, reverse,
+            extras=return_state,
+        )  # fmt: skip
+        if results is not None:
+            return results if return_state else results[0]  # type: ignore[no-any-return]
     check_rg_lru(
         x, gate_a, gate_x, log_lambda, h0=h0, fresh=fresh, key_mask=key_mask,
         cu_seqlens=cu_seqlens, reverse=reverse, backend=backend, shapes=backend == "reference",
@@ -254,6 +267,9 @@ def rg_lru_step(
         TypeError: dtypes.
         RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
+    y: Tensor | None = _mixer_ops.rg_lru_step_direct(x, gate_a, gate_x, log_lambda, state, fresh)
+    if y is not None:
+        return y
     op = "rg_lru_step"
     check_tensors(
         op,

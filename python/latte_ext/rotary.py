@@ -81,6 +81,12 @@ def rotate(
         TypeError: dtypes.
         RuntimeError: devices, or rates that require grad while grad mode is on.
     """
+    if backend is None and (base is None or rates is None):
+        y: Tensor | None = _rotary_ops.rotate_direct(
+            x, position, rates, 10000.0 if base is None else base, dim, interleaved, inverse
+        )
+        if y is not None:
+            return y
     op = "rotate"
     check_tensors(op, {"x": x, "position": position}, rates=rates, pointwise=True)
     check_flags(op, interleaved=interleaved, inverse=inverse)

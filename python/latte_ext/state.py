@@ -280,8 +280,9 @@ def _flatten_with_keys(state: LatentState) -> tuple[list[tuple[pytree.KeyEntry, 
     return [(pytree.GetAttrKey(name), getattr(state, name)) for name in _FIELDS], None
 
 
-def _unflatten(leaves: Iterable[Any], context: None) -> LatentState:
-    # No validation: transformations put specs, None and other placeholders where tensors were.
+def unchecked_state(leaves: Iterable[Any], context: None = None) -> LatentState:
+    """A state of what transformations put where tensors were (specs, None), or of an operator's
+    results."""
     state = object.__new__(LatentState)
     state.max, state.norm, state.mean = leaves
     return state
@@ -290,7 +291,7 @@ def _unflatten(leaves: Iterable[Any], context: None) -> LatentState:
 pytree.register_pytree_node(
     LatentState,
     _flatten,
-    _unflatten,
+    unchecked_state,
     serialized_type_name="latte_ext.LatentState",
     flatten_with_keys_fn=_flatten_with_keys,
 )

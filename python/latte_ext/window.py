@@ -16,6 +16,7 @@ from ._window_inputs import (
     check_softcap,
     check_window,
     check_window_by_core,
+    default_scale,
     seen_by_window,
     sink_tensors,
 )
@@ -102,6 +103,14 @@ def sliding_window_attention(
         TypeError: dtypes.
         RuntimeError: devices.
     """
+    simple = cache is None and not return_cache and sinks is None and softcap is None
+    if simple and backend is None and isinstance(q, Tensor):
+        results = _window_ops.sliding_window_attention_direct(
+            q, k, v, key_mask, cu_seqlens, *(None,) * 5, window, 0, causal,
+            default_scale(q) if scale is None else scale, 0.0, False, extras=False,
+        )  # fmt: skip
+        if results is not None:
+            return results[0]  # type: ignore[no-any-return]
     op = "sliding_window_attention"
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
     scale = check_window(op, q, window, scale, causal, minimum=1)
@@ -144,7 +153,10 @@ def attend_seen(
         )  # fmt: skip
     else:
         save = is_differentiated(q, seen.key, seen.value, q_sink, k_sink, v_sink)
-        y = _window_ops.sliding_window_attention(*arguments, save)[0]
+        results = _window_ops.sliding_window_attention_direct(*arguments, save, extras=False)
+        if results is None:
+            results = _window_ops.sliding_window_attention(*arguments, save)
+        y = results[0]
     return y
 
 
@@ -179,11 +191,19 @@ def sliding_window_attention_step(
         TypeError: types and dtypes.
         RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
+    y: Tensor | None
+    if sinks is None and softcap is None and isinstance(cache, WindowCache):
+        scaled = default_scale(q) if scale is None and isinstance(q, Tensor) else scale
+        y = _window_ops.sliding_window_attention_step_direct(
+            q, k, v, *cache.tensors(), *(None,) * 4, scaled, 0.0
+        )
+        if y is not None:
+            return y
     op = "sliding_window_attention_step"
     check_tensors(op, {"q": q, "k": k, "v": v})
     scale = check_window(op, q, 1, scale, True, minimum=1)
     cap = check_softcap(op, softcap)
     check_cache(op, q, cache)
-    return _window_ops.sliding_window_attention_step(  # type: ignore[no-any-return]
-        q, k, v, *cache.tensors(), *sink_tensors(op, q, sinks), scale, cap
-    )
+    arguments = q, k, v, *cache.tensors(), *sink_tensors(op, q, sinks), scale, cap
+    y = _window_ops.sliding_window_attention_step_direct(*arguments)
+    return _window_ops.sliding_window_attention_step(*arguments) if y is None else y

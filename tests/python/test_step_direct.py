@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When latent_attention_step may skip the dispatcher, and that nobody can tell."""
+"""When a call may skip the dispatcher, and that nobody can tell."""
 
 import contextlib
 import subprocess
@@ -8,15 +8,26 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+import latte_ext
 import pytest
 import torch
 from helpers import DTYPES, make_problem, time_major
-from latte_ext import LatentState, _ops, latent_attention_step
+from latte_ext import (
+    LatentState,
+    _macchiato_ops,
+    _mixer_ops,
+    _ops,
+    _rotary_ops,
+    _window_ops,
+    latent_attention_step,
+    rotary,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -144,13 +155,19 @@ class LoggingFunctionMode(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_torch_without_a_probe(
-    operator_calls: list[tuple[object, ...]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_ops, "_CAN_BE_DIRECT", False)
-    with torch.inference_mode():
-        step(*make_arguments().values())
-    assert len(operator_calls) == 1
+@pytest.mark.parametrize("probe", ["_len_torch_dispatch_stack", "_get_tracing_state"])
+def test_torch_without_a_probe(probe: str) -> None:
+    """What is private to torch may go: then the operator answers."""
+    script = (
+        "import torch\n"
+        "from latte_ext import _core, LatentState, latent_attention_step\n"
+        f"del torch._C.{probe}\n"
+        "x, state = torch.zeros(1, 1, 1), LatentState.empty(1, 1, 1, 1)\n"
+        "assert _core.latent_attention_step_direct(x, x, x, *state, 1.0, True) is None\n"
+        "assert latent_attention_step(x, x, x, state).shape == (1, 1, 1)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.mark.parametrize("mode", [LoggingMode, LoggingFunctionMode])
@@ -299,6 +316,89 @@ def test_gradients_reach_the_operator(name: str, operator_calls: list[tuple[obje
     assert len(operator_calls) == 1
 
 
+# Every function -----------------------------------------------------------------------------------
+
+
+def of_every_function() -> dict[str, Callable[[], object]]:
+    """A call of each public function, and with its options where they change the way."""
+    x, row, weight = torch.randn(2, 2, 9, 4), torch.randn(2, 4), torch.randn(4, 4)
+    tokens, head, decay = torch.randn(2, 9, 4), torch.randn(2, 2, 4), torch.zeros(4)
+    state, cache = LatentState.empty(2, 2, 4, 4), latte_ext.WindowCache.empty(2, 2, 3, 4, 4)
+    logits, one = torch.randn(2, 2, 9, 5), torch.randn(2, 2, 5)
+    both = latte_ext.MacchiatoState(state.clone(), cache.clone())
+    parameter = torch.nn.Parameter(weight)
+    hidden, tail = torch.zeros(2, 4), torch.zeros(2, 3, 4)
+    return {
+        "latent_attention": lambda: latte_ext.latent_attention(x, x, x),
+        "latent_attention, state": lambda: latte_ext.latent_attention(
+            x, x, x, state=state, return_state=True
+        ),
+        "latent_attention_step": lambda: latent_attention_step(head, head, head, state.clone()),
+        "linear_recurrence": lambda: latte_ext.linear_recurrence(tokens, tokens),
+        "rg_lru": lambda: latte_ext.rg_lru(tokens, tokens, tokens, decay, return_state=True),
+        "rg_lru_step": lambda: latte_ext.rg_lru_step(row, row, row, decay, hidden.clone()),
+        "short_conv": lambda: latte_ext.short_conv(tokens, parameter, return_state=True),
+        "short_conv, centred": lambda: latte_ext.short_conv(tokens, weight, causal=False),
+        "short_conv_step": lambda: latte_ext.short_conv_step(row, parameter, None, tail.clone()),
+        "sliding_window_attention": lambda: latte_ext.sliding_window_attention(x, x, x, window=3),
+        "sliding_window_attention, cache": lambda: latte_ext.sliding_window_attention(
+            x, x, x, window=3, cache=cache, return_cache=True
+        ),
+        "sliding_window_attention_step": lambda: latte_ext.sliding_window_attention_step(
+            head, head, head, cache.clone()
+        ),
+        "macchiato_attention": lambda: latte_ext.macchiato_attention(logits, x, x, x, x, window=3),
+        "macchiato_attention_step": lambda: latte_ext.macchiato_attention_step(
+            one, head, head, head, head, both.clone()
+        ),
+        "rotate": lambda: rotary.rotate(x, torch.arange(9)),
+    }
+
+
+class Operators(TorchDispatchMode):
+    """Counts operators of this package."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.calls += func.namespace == "latte_ext"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("mode", ["grad", "no_grad", "inference"])
+@pytest.mark.parametrize("name", of_every_function())
+def test_every_function_as_its_operator(name: str, mode: str) -> None:
+    """Direct and dispatched calls agree to the bit; a mode sees the operator."""
+    call = of_every_function()[name]
+    with GRAD_MODES[mode]():
+        direct = call()
+        with Operators() as seen:
+            dispatched = call()
+    assert seen.calls == 1
+    for got, want in zip(*map(pytree.tree_leaves, (direct, dispatched)), strict=True):
+        assert torch.equal(got, want)
+        assert (got.stride(), got.requires_grad) == (want.stride(), want.requires_grad)
+        assert got.is_inference() == want.is_inference()
+
+
+@pytest.mark.parametrize("name", of_every_function())
+def test_every_function_without_its_operator(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    call = of_every_function()[name]
+    want = call()
+
+    def refuse(*args: object) -> object:
+        raise AssertionError("the dispatcher was asked")
+
+    operator = name.partition(",")[0]
+    for module in (_ops, _mixer_ops, _window_ops, _macchiato_ops, _rotary_ops):
+        if hasattr(module, operator):
+            monkeypatch.setattr(module, operator, refuse)
+    for x, y in zip(*map(pytree.tree_leaves, (call(), want)), strict=True):
+        assert torch.equal(x, y)
+    with pytest.raises(AssertionError, match="dispatcher was asked"), Operators():
+        call()
+
+
 # Reading tensors ---------------------------------------------------------------------------------
 
 
@@ -310,7 +410,7 @@ def test_torch_without_the_exchange_api() -> None:
         "from latte_ext import _core\n"
         "x = torch.zeros(1, 1, 1)\n"
         "state = x.clone(), x.clone(), x[..., None].clone()\n"
-        "assert _core.latent_attention_step_plain(x, x, x, *state, 1.0, 1) is None\n"
+        "assert _core.latent_attention_step_direct(x, x, x, *state, 1.0, True) is None\n"
         "sys.exit(pytest.main(sys.argv[1:]))\n"
     )
     here = Path(__file__).parent

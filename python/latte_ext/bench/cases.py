@@ -171,9 +171,9 @@ class Problem:
 
     def forward(self, threads: int) -> None:
         """y through the compiled core."""
-        _core.latent_attention_forward(
-            self.q, self.k, self.v, None, None, None, None, None, self.y, None, None, None,
-            self.causal, 1.0, threads,
+        _core.latent_attention(
+            self.q, self.k, self.v, None, None, None, None, None, self.causal, 1.0, threads,
+            (self.y, None, None, None),
         )  # fmt: skip
 
     @functools.cached_property
@@ -188,8 +188,8 @@ class Problem:
         """dq, dk and dv through the compiled core."""
         dy, dq, dk, dv = self.gradients
         _core.latent_attention_backward(
-            self.q, self.k, self.v, None, None, None, None, None, dy, None, None, dq, dk, dv,
-            None, None, self.causal, 1.0, threads,
+            self.q, self.k, self.v, None, None, None, None, None, dy, None, None, self.causal,
+            1.0, threads, (dq, dk, dv, None, None),
         )  # fmt: skip
 
     def both(self, threads: int) -> None:

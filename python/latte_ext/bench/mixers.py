@@ -47,34 +47,32 @@ class Buffers:
 
     def linear_recurrence(self, threads: int, which: str) -> None:
         if which == FORWARD:
-            _core.linear_recurrence_forward(
-                self.a, self.x, None, None, self.y, None, False, threads
-            )
+            _core.linear_recurrence(self.a, self.x, None, None, False, threads, (self.y, None))
         else:
             _core.linear_recurrence_backward(
-                self.a, self.h, None, None, self.dy, None, self.d_gate_a, self.dx, None, False,
-                threads,
+                self.a, None, self.h, None, None, self.dy, None, False, threads,
+                (self.d_gate_a, self.dx, None),
             )  # fmt: skip
 
     def rg_lru(self, threads: int, which: str) -> None:
         inputs = (self.x, self.gate_a, self.gate_x, self.log_lambda)
         if which == FORWARD:
-            _core.rg_lru_forward(*inputs, None, None, None, None, self.y, None, False, threads)
+            _core.rg_lru(*inputs, None, None, None, None, False, threads, (self.y, None))
         else:
             _core.rg_lru_backward(
-                *inputs, None, None, None, None, self.h, self.dy, None, self.dx, self.d_gate_a,
-                self.d_gate_x, self.d_log_lambda, None, False, threads,
+                *inputs, None, None, None, None, self.h, self.dy, None, False, threads,
+                (self.dx, self.d_gate_a, self.d_gate_x, self.d_log_lambda, None),
             )  # fmt: skip
 
     def short_conv(self, threads: int, which: str) -> None:
         if which == FORWARD:
-            _core.short_conv_forward(
-                self.x, self.weight, self.bias, None, None, self.y, None, True, threads
+            _core.short_conv(
+                self.x, self.weight, self.bias, None, None, True, threads, (self.y, None)
             )
         else:
             _core.short_conv_backward(
-                self.x, self.weight, None, None, self.dy, None, self.dx, self.d_weight,
-                self.d_bias, None, True, threads,
+                self.x, self.weight, self.bias, None, None, self.dy, None, True, threads,
+                (self.dx, self.d_weight, self.d_bias, None),
             )  # fmt: skip
 
 

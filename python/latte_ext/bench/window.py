@@ -44,15 +44,15 @@ class Problem:
         self.pairs = HEADS * (tokens * seen - seen * (seen - 1) // 2)
 
     def forward(self, threads: int) -> None:
-        _core.sliding_window_forward(
-            self.q, self.k, self.v, *_ABSENT, self.y, self.log_sum, None, self.window, 0, True,
-            WIDTH**-0.5, 0.0, threads,
+        _core.sliding_window_attention(
+            self.q, self.k, self.v, *_ABSENT, self.window, 0, True, WIDTH**-0.5, 0.0, False,
+            threads, (self.y, self.log_sum, None),
         )  # fmt: skip
 
     def backward(self, threads: int) -> None:
-        _core.sliding_window_backward(
-            self.q, self.k, self.v, *_ABSENT, self.log_sum, self.y, self.dy, None, self.dq,
-            self.dk, self.dv, None, None, None, self.window, 0, True, WIDTH**-0.5, 0.0, threads,
+        _core.sliding_window_attention_backward(
+            self.q, self.k, self.v, *_ABSENT, self.log_sum, self.y, self.dy, None, self.window, 0,
+            True, WIDTH**-0.5, 0.0, threads, (self.dq, self.dk, self.dv, None, None, None),
         )  # fmt: skip
 
     def operations(self, name: str) -> float:
