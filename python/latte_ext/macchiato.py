@@ -30,6 +30,7 @@ from ._window_inputs import (
     check_softcap,
     check_window,
     check_window_by_core,
+    default_scale,
     seen_by_window,
     sink_tensors,
 )
@@ -137,6 +138,15 @@ def macchiato_attention(
         TypeError: dtypes.
         RuntimeError: devices.
     """
+    usual = state is None and not return_state and sinks is None and softcap is None
+    if usual and backend is None and window != 0 and isinstance(q, Tensor):
+        results = _macchiato_ops.macchiato_attention_direct(
+            q_latent, k_latent, v_latent, q, k, v, key_mask, key_mask, cu_seqlens, *(None,) * 8,
+            window, 0, causal, default_scale(q) if scale is None else scale, 0.0, latent_scale,
+            False, extras=False,
+        )  # fmt: skip
+        if results is not None:
+            return results[0]  # type: ignore[no-any-return]
     op = "macchiato_attention"
     check_tensors(op, {"q": q, "k": k, "v": v}, key_mask=key_mask, cu_seqlens=cu_seqlens)
     check_latents(op, q, k, v, q_latent, k_latent, v_latent)
@@ -235,6 +245,15 @@ def macchiato_attention_step(
         TypeError: types and dtypes.
         RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
+    stepped: Tensor | None
+    usual = sinks is None and softcap is None and isinstance(q, Tensor)
+    if usual and isinstance(state, MacchiatoState) and state.latent and state.window:
+        stepped = _macchiato_ops.macchiato_attention_step_direct(
+            q_latent, k_latent, v_latent, q, k, v, *state.latent, *state.window, *(None,) * 4,
+            default_scale(q) if scale is None else scale, 0.0, latent_scale,
+        )  # fmt: skip
+        if stepped is not None:
+            return stepped
     op = "macchiato_attention_step"
     check_tensors(op, {"q": q, "k": k, "v": v})
     check_latents(op, q, k, v, q_latent, k_latent, v_latent)
@@ -257,7 +276,7 @@ def macchiato_attention_step(
         q_latent.to(compute_dtype(q, k, v)), k_latent, v_latent, q, k, v, *triple,
         *cache.tensors(), *sinks_given, scale, cap, float(latent_scale),
     )  # fmt: skip
-    stepped: Tensor | None = _macchiato_ops.macchiato_attention_step_direct(*arguments)
+    stepped = _macchiato_ops.macchiato_attention_step_direct(*arguments)
     if stepped is not None:
         return stepped
     y = _macchiato_ops.macchiato_attention_step(*arguments)

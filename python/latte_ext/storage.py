@@ -69,6 +69,11 @@ def to_bytes(state: Any) -> bytes:
     return pack_tree(json.dumps(structure, separators=(",", ":")), tensors)
 
 
+def check_storable(op: str, state: Any) -> None:
+    """Raises TypeError, in the name of `op`, for what `to_bytes` does not take."""
+    _describe(op, state, [])
+
+
 def from_bytes(data: bytes | bytearray | memoryview) -> Any:
     """What `to_bytes` saved, bit for bit (T4), on the CPU.
 

@@ -213,6 +213,7 @@ def test_documents_read_in_any_order_are_the_documents_in_sequence() -> None:
         (lambda: PrefixCache(4.5), TypeError, "block is a float, expected an int"),  # type: ignore[arg-type]
         (lambda: PrefixCache().read(None, [1]), TypeError, "tokens is a list"),  # type: ignore[arg-type]
         (lambda: PrefixCache(2).put([1], state()), ValueError, "length 1, expected a multiple"),
+        (lambda: PrefixCache(2).put([1, 2], {"a": 1}), TypeError, "state holds a dict"),
         (lambda: PrefixCache().get([0.5]), TypeError, "not a sequence of integers"),
         (lambda: PrefixCache().get(torch.zeros(1, 2).long()), TypeError, r"expected \(T,\)"),
         (lambda: PrefixCache().read(None, torch.zeros(2, 3).long()), ValueError, r"\(1, T\)"),

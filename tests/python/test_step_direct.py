@@ -326,7 +326,7 @@ def of_every_function() -> dict[str, Callable[[], object]]:
     state, cache = LatentState.empty(2, 2, 4, 4), latte_ext.WindowCache.empty(2, 2, 3, 4, 4)
     logits, one = torch.randn(2, 2, 9, 5), torch.randn(2, 2, 5)
     both = latte_ext.MacchiatoState(state.clone(), cache.clone())
-    parameter = torch.nn.Parameter(weight)
+    parameter = torch.nn.Parameter(weight, requires_grad=False)
     hidden, tail = torch.zeros(2, 4), torch.zeros(2, 3, 4)
     return {
         "latent_attention": lambda: latte_ext.latent_attention(x, x, x),

@@ -125,6 +125,13 @@ def test_parts_of_other_batches_raise() -> None:
         storage.from_bytes(mixed)
 
 
+def test_bools_are_true_or_false() -> None:
+    """Whatever byte stands for them in well signed data."""
+    x = torch.tensor([2, 0, 255], dtype=torch.uint8)
+    data = signed("Tensor", x.view(torch.bool))
+    assert torch.equal(storage.from_bytes(data).view(torch.uint8), torch.tensor([1, 0, 1]).byte())
+
+
 def test_what_cannot_be_stored_raises() -> None:
     with pytest.raises(TypeError, match=r"^\[to_bytes\] state holds a dict, expected"):
         storage.to_bytes({"a": X})

@@ -212,7 +212,7 @@ def test_errors() -> None:
     x = torch.randn(1, 1, 5, 3)
     with pytest.raises(ValueError, match=r"^\[latent_attention\] k has shape"):
         latte_ext.latent_attention(x, x[..., :2], x)
-    with pytest.raises(RuntimeError, match=r"^\[latent_attention\] v has dtype"):
+    with pytest.raises(RuntimeError, match=r"^\[latent_attention\] q, k, v have dtypes"):
         latte_ext.latent_attention(x, x, x.double())
 
 
