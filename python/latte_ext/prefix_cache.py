@@ -93,7 +93,7 @@ class PrefixCache:
                 f"[PrefixCache.put] tokens has length {len(ids)}, expected a multiple of "
                 f"block = {self.block}"
             )
-        storage.check_storable("[PrefixCache.put]", state)
+        storage._check_storable("[PrefixCache.put]", state)
         key = list(self._keys(ids))[-1]
         if self.directory is not None:
             self._write(

@@ -69,7 +69,7 @@ def to_bytes(state: Any) -> bytes:
     return pack_tree(json.dumps(structure, separators=(",", ":")), tensors)
 
 
-def check_storable(op: str, state: Any) -> None:
+def _check_storable(op: str, state: Any) -> None:
     """Raises TypeError, in the name of `op`, for what `to_bytes` does not take."""
     _describe(op, state, [])
 

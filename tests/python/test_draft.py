@@ -11,14 +11,7 @@ import torch
 from helpers import load_example
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from latte_ext import (
-    LatentState,
-    MacchiatoDraft,
-    MacchiatoState,
-    WindowCache,
-    WindowDraft,
-    WindowSinks,
-)
+from latte_ext import LatentState, MacchiatoState, WindowCache, WindowSinks
 from latte_ext.nn import RGLRU, VARIANTS, LatentAttention, LatteConfig, LatteLM, ShortConv
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
@@ -396,12 +389,6 @@ def test_bad_drafts() -> None:
         LatentState.empty(N, 2, 4, 7).commit(draft, [0] * N)
     with pytest.raises(ValueError, match=r"^\[LatentState.commit\] draft.v has shape"):
         LatentState.empty(N, 2, 5, 6).commit(draft, [0] * N)
-    both = MacchiatoState(state, WindowCache.empty(N, 2, 3, 4, 4))
-    window = WindowDraft(torch.zeros(N, 2, 1, 4), torch.zeros(N, 2, 1, 4))
-    before = state.clone()
-    with pytest.raises(ValueError, match=r"^\[MacchiatoState.commit\] draft has \[1, \d\] tokens"):
-        both.commit(MacchiatoDraft(draft, window), [1] * N)
-    assert all(map(torch.equal, state, before))
     model, other = language_model("latte-conv++"), language_model("latte-rglru++")
     tokens = torch.randint(32, (N, 3))
     _, drafts = model.draft(tokens, model.empty_cache(N))
