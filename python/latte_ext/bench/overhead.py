@@ -9,6 +9,7 @@ only add to it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import torch
 from torch.nn import functional as F
@@ -118,13 +119,15 @@ def calls() -> Calls:
     }
 
 
+def _made_in(mode: Callable[[], AbstractContextManager[object]]) -> Calls:
+    with mode():
+        return calls()
+
+
 def measure(samples: int = 30, count: int = 500) -> dict[str, list[float]]:
     """Least seconds per call by name: of the function, then of the operator, in `_MODES`."""
     # A tensor that was made in inference mode has no versions to count.
-    by_mode = []
-    for mode in _MODES:
-        with mode():
-            by_mode.append(calls())
+    by_mode = [_made_in(mode) for mode in _MODES]
     least = {name: [float("inf")] * 2 * len(_MODES) for name in by_mode[0]}
     for _ in range(samples):
         for i, mode in enumerate(_MODES):
