@@ -18,8 +18,8 @@ APT := apt-get -o DPkg::Lock::Timeout=300
 SOURCES := CMakeLists.txt pyproject.toml $(shell find cpp cuda cmake python -type f -not -name '*.pyc')
 
 .PHONY: demo docs figures extend test bench bench-engine lint format wheel test-cpp \
-  test-cpp-sanitized test-cuda test-emulated test-aarch64 suite-aarch64 test-clang suite-clang \
-  test-scalar fuzz suite-fuzz test-python test-some test-isas \
+  test-cpp-sanitized test-cuda-sanitized test-cuda test-emulated test-aarch64 suite-aarch64 \
+  test-clang suite-clang test-scalar fuzz suite-fuzz test-python test-some test-isas \
   test-torch test-stable try-wheel release-check clean
 .DELETE_ON_ERROR:
 
@@ -67,7 +67,7 @@ extend: $(VENV)/installed
 	$(BIN)/python examples/extend_smollm2.py --prose $(EXTEND)/debian/usr/share/doc/anarchism/html \
 	  --out $(EXTEND)
 
-# Not in it: test-emulated, test-clang, test-stable and test-torch.
+# Not in it: test-cuda-sanitized, test-emulated, test-clang, test-scalar, test-stable and test-torch.
 test: test-cpp test-cpp-sanitized test-cuda test-aarch64 test-python test-isas
 
 # GoogleTest from the machine, or from its package manager.
@@ -85,9 +85,18 @@ endef
 test-cpp: $(VENV)/requirements $(GTEST_HEADER)
 	$(call cpp-suite,$(CPP_TESTS),)
 
+SANITIZE_ADDRESS := -DLATTE_SANITIZE=address$(COMMA)undefined
+SANITIZE_THREAD := -DLATTE_SANITIZE=thread -DLATTE_OPENMP=OFF
+
 test-cpp-sanitized: $(VENV)/requirements $(GTEST_HEADER)
-	$(call cpp-suite,build/cpp-asan,-DLATTE_SANITIZE=address$(COMMA)undefined)
-	$(call cpp-suite,build/cpp-tsan,-DLATTE_SANITIZE=thread -DLATTE_OPENMP=OFF)
+	$(call cpp-suite,build/cpp-asan,$(SANITIZE_ADDRESS) -DLATTE_TEST_CUDA=OFF)
+	$(call cpp-suite,build/cpp-tsan,$(SANITIZE_THREAD) -DLATTE_TEST_CUDA=OFF)
+
+# The CUDA kernels on their emulation, and all else once more: too long for make test, most of it
+# the compiler's time.
+test-cuda-sanitized: $(VENV)/requirements $(GTEST_HEADER)
+	$(call cpp-suite,build/cuda-asan,$(SANITIZE_ADDRESS))
+	$(call cpp-suite,build/cuda-tsan,$(SANITIZE_THREAD))
 
 # What nvcc makes of the CUDA kernels, of all of them with ALL=1; that they compute the right thing is
 # among the C++ tests.

@@ -39,6 +39,7 @@ STAGES = {
     "clang": ("make", "test-clang"),
     "scalar": ("make", "test-scalar"),
     "emulated": ("make", "test-emulated"),
+    "cuda-sanitized": ("make", "test-cuda-sanitized"),
     "stable": ("make", "test-stable"),
 }
 # What a shell, or the make that started this, must not pass on to a clean clone.
