@@ -18,6 +18,14 @@ TOLERATED_WARNINGS = (
         "ignore:.*is deprecated:DeprecationWarning:torch",
         "torch.compile and torch.export call their own deprecated functions",
     ),
+    (
+        "ignore:.*torch.jit.script. is deprecated:FutureWarning",
+        "torch 2.14's forward mode calls it",
+    ),
+    (
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+        "torch 2.14's opcheck reads it",
+    ),
 )
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)
