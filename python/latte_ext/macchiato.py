@@ -139,7 +139,7 @@ def macchiato_attention(
         RuntimeError: devices.
     """
     usual = state is None and not return_state and sinks is None and softcap is None
-    if usual and backend is None and window != 0 and heads_match(q, k_latent, v):
+    if usual and backend is None and window != 0 and isinstance(q, Tensor):
         results = _macchiato_ops.macchiato_attention_direct(
             q_latent, k_latent, v_latent, q, k, v, key_mask, key_mask, cu_seqlens, *(None,) * 8,
             window, 0, causal, default_scale(q) if scale is None else scale, 0.0, latent_scale,
@@ -246,7 +246,7 @@ def macchiato_attention_step(
         RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     stepped: Tensor | None
-    usual = sinks is None and softcap is None and heads_match(q, k_latent, v)
+    usual = sinks is None and softcap is None and isinstance(q, Tensor)
     if usual and isinstance(state, MacchiatoState) and state.latent and state.window:
         stepped = _macchiato_ops.macchiato_attention_step_direct(
             q_latent, k_latent, v_latent, q, k, v, *state.latent, *state.window, *(None,) * 4,
@@ -281,14 +281,6 @@ def macchiato_attention_step(
         return stepped
     y = _macchiato_ops.macchiato_attention_step(*arguments)
     return y
-
-
-def heads_match(*inputs: Tensor) -> bool:
-    """Whether q, k_latent and v are tensors, of which the last two have as many heads."""
-    if not all(isinstance(x, Tensor) and x.dim() > 1 for x in inputs):
-        return False
-    _, k_latent, v = inputs
-    return k_latent.shape[1] == v.shape[1]
 
 
 def match_heads(

@@ -285,6 +285,34 @@ TEST(StepErrors, Arguments) {
   expect_rejected(p, Kind::type, {"y has dtype float64", "expected float32"});
 }
 
+TEST(MacchiatoErrors, LatentHeads) {
+  std::vector<float> memory(1000);
+  const auto tensor = [&](std::vector<int64_t> shape) {
+    latte::Tensor t{memory.data(), latte::DType::float32, static_cast<int64_t>(shape.size())};
+    for (int64_t i = t.rank - 1, stride = 1; i >= 0; stride *= t.shape[i--]) {
+      t.shape[i] = shape[static_cast<size_t>(i)];
+      t.stride[i] = stride;
+    }
+    return t;
+  };
+  latte::MacchiatoForward p;
+  p.window.q = tensor({1, 6, 5, 4});
+  p.window.k = p.window.v = p.latent.v = tensor({1, 2, 5, 4});
+  p.window.y = p.latent.y = tensor({1, 6, 5, 4});
+  p.window.window = 3;
+  p.q_latent = tensor({1, 6, 5, 1 + 3});
+  p.latent.k = tensor({1, 2, 5, 3});
+  EXPECT_GT(latte::workspace_bytes(p, 1), 0);
+  // 3 heads would have been cut to 2, and 4 do not divide those of q.
+  for (const int64_t heads : {1, 3, 4}) {
+    p.latent.k = tensor({1, heads, 5, 3});
+    expect_error(Kind::value,
+                 {"[macchiato_attention] k_latent has " + std::to_string(heads) + " heads",
+                  "a multiple of the 2 heads of k that divides the 6 heads of q"},
+                 [&] { latte::workspace_bytes(p, 1); });
+  }
+}
+
 TEST(MergeErrors, Arguments) {
   StateArrays a(DType::float32, 2, 1, 5, 6), b(DType::float32, 2, 1, 5, 7),
       c(DType::float64, 2, 1, 5, 6);

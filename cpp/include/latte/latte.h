@@ -212,8 +212,9 @@ struct SlidingWindowStep {
 //   y_t = p(0|t) window_t + sum_(l>=1) p(l|t) E[v | l, s <= t].
 struct MacchiatoForward {
   Tensor q_latent;  // (B,H,T,1+L) compute type, column 0 for the window; L may be 0
-  // k (B,Hl,T,L) and v (B,Hl,T,D) of the latents, their state, mask, `scale` of q_latent and k; q
-  // is not looked at. y (B,H,T,D) in the compute type receives the unrounded sum.
+  // k (B,Hl,T,L) and v (B,Hl,T,D) of the latents, Hl a multiple of Hk that divides H, their state,
+  // mask, `scale` of q_latent and k; q is not looked at. y (B,H,T,D) in the compute type receives
+  // the unrounded sum.
   LatentAttentionForward latent;
   // y receives the sum; it may be latent.y itself. `wide`: the window's part alone.
   SlidingWindowForward window;

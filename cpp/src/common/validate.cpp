@@ -404,6 +404,16 @@ WindowProblem validate_step(const Checker& check, const SlidingWindowStep& p) {
   return problem;
 }
 
+// Both parts are cut at key/value heads of the window.
+void latent_heads_fit(const Checker& check, const Tensor& k_latent, const WindowProblem& problem) {
+  const int64_t heads = k_latent.shape[1];
+  if (heads < 1 || heads % problem.kv_heads != 0 || problem.heads % heads != 0)
+    check.fail(Kind::value, "k_latent has " + std::to_string(heads) +
+                                " heads, expected a multiple of the " +
+                                std::to_string(problem.kv_heads) + " heads of k that divides the " +
+                                std::to_string(problem.heads) + " heads of q");
+}
+
 // q_latent, and the latents' keys and values beside those of the window.
 template <class Params>
 void validate_latents(const Checker& check, const Params& p, WindowProblem& problem) {
@@ -413,6 +423,7 @@ void validate_latents(const Checker& check, const Params& p, WindowProblem& prob
   check.shape("q_latent", p.q_latent,
               {problem.batch, problem.heads, problem.tokens, 1 + problem.latents},
               "(batch, heads, tokens, 1 + latents) of q and k_latent");
+  latent_heads_fit(check, p.latent.k, problem);
   check.dtype("q_latent", p.q_latent, {compute_dtype(problem.is_double)});
   check.finite_scale(p.latent.scale);
 }
@@ -464,6 +475,7 @@ WindowProblem validate(const MacchiatoStep& p, Memory memory) {
   problem.latents = p.latent.k.shape[2];
   check.shape("q_latent", p.q_latent, {problem.batch, problem.heads, 1 + problem.latents},
               "(sequences, heads, 1 + latents) of q and k_latent");
+  latent_heads_fit(check, p.latent.k, problem);
   check.dtype("q_latent", p.q_latent, {compute_dtype(problem.is_double)});
   check.finite_scale(p.latent.scale);
   return problem;

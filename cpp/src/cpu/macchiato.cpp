@@ -41,10 +41,10 @@ Tensor behind_gate(const Tensor& t, int last) {
 // other while what passes between them is in cache.
 class Part {
  public:
-  // The first part of a call; `latent_heads` are those of the latents' keys.
-  Part(const WindowProblem& problem, int64_t latent_heads, int threads)
+  // The first part of a call.
+  Part(const WindowProblem& problem, int threads)
       : problem_(problem), batches_(problem.batch), heads_(problem.kv_heads) {
-    if (problem.batch < 1 || latent_heads % problem.kv_heads != 0) return;
+    if (problem.batch < 1) return;
     int64_t enough = 1;
     while (enough < problem.kv_heads && (enough < threads || problem.kv_heads % enough != 0))
       ++enough;
@@ -156,7 +156,7 @@ class MacchiatoForwardCall {
     SlidingWindowForward window;
   };
 
-  Part part() const { return {problem_, p_.latent.k.shape[1], threads_}; }
+  Part part() const { return {problem_, threads_}; }
 
   const MacchiatoForward& p_;
   const WindowProblem problem_;
@@ -248,7 +248,7 @@ class MacchiatoBackwardCall {
     int64_t bytes = 0;
   };
 
-  Part part() const { return {problem_, p_.latent.k.shape[1], threads_}; }
+  Part part() const { return {problem_, threads_}; }
   Stage<SlidingWindowBackward> gate_stage(const Stages& s) const {
     return {s.window,
             s.problem,
