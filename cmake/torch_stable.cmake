@@ -8,7 +8,7 @@ execute_process(COMMAND ${Python_EXECUTABLE} -c "import torch; print(torch.__pat
 find_library(latte_torch_cpu torch_cpu PATHS ${torch_root}/lib REQUIRED NO_DEFAULT_PATH)
 
 add_library(latte_torch MODULE cpp/torch/latte_torch.cpp)
-target_include_directories(latte_torch PRIVATE cpp)
+target_include_directories(latte_torch PRIVATE cpp cpp/src)
 target_include_directories(latte_torch SYSTEM PRIVATE ${torch_root}/include)
 # 2.10
 target_compile_definitions(latte_torch PRIVATE TORCH_TARGET_VERSION=0x020a000000000000)

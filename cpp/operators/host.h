@@ -40,23 +40,6 @@ inline DType wide_type(const Tensor& x) {
   return x.dtype == DType::float64 ? DType::float64 : DType::float32;
 }
 
-inline int64_t size_of(DType dtype) {
-  switch (dtype) {
-    case DType::float64:
-    case DType::int64:
-      return 8;
-    case DType::float32:
-    case DType::int32:
-      return 4;
-    case DType::bfloat16:
-    case DType::float16:
-      return 2;
-    case DType::boolean:
-      return 1;
-  }
-  return 0;
-}
-
 inline Sizes sizes(const Tensor& x) { return {x.shape, x.shape + (x.rank < 4 ? x.rank : 4)}; }
 
 inline std::string text(const Tensor& x) {

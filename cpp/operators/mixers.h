@@ -5,6 +5,7 @@
 // of the arithmetic; half-precision outputs are rounded, so there h is computed again.
 #pragma once
 
+#include "common/element_size.h"
 #include "host.h"
 
 namespace latte::operators {
@@ -27,10 +28,10 @@ inline bool overlap(const Tensor& a, const Tensor& b) {
     const auto* high = low;
     for (int64_t i = 0; i < t.rank && i < 4; ++i) {
       if (t.shape[i] == 0) return std::pair{low, low};
-      const int64_t reach = (t.shape[i] - 1) * t.stride[i] * size_of(t.dtype);
+      const int64_t reach = (t.shape[i] - 1) * t.stride[i] * element_size(t.dtype);
       (reach < 0 ? low : high) += reach;
     }
-    return std::pair{low, high + size_of(t.dtype)};
+    return std::pair{low, high + element_size(t.dtype)};
   };
   const auto [a_low, a_high] = range(a);
   const auto [b_low, b_high] = range(b);

@@ -165,6 +165,16 @@ struct SlidingWindowAttentionStep {
   }
 };
 
+template <class Params>
+void check_ranks(const char* op, int64_t rank, const Params& p) {
+  check_rank(op, rank,
+             {{"q_latent", p.q_latent},
+              {"k_latent", p.latent.k},
+              {"q", p.window.q},
+              {"k", p.window.k},
+              {"v", p.window.v}});
+}
+
 struct MacchiatoAttention {
   static constexpr const char* schema =
       "macchiato_attention(Tensor q_latent, Tensor k_latent, Tensor? v_latent, Tensor q, Tensor k, "
@@ -194,12 +204,7 @@ struct MacchiatoAttention {
         {host.view(q_sink), host.view(k_sink), host.view(v_sink), host.view(sink_position),
          host.view(start)},
         {window, past, causal, scale, softcap});
-    check_rank(op, 4,
-               {{"q_latent", p.q_latent},
-                {"k_latent", p.latent.k},
-                {"q", p.window.q},
-                {"k", p.window.k},
-                {"v", p.window.v}});
+    check_ranks(op, 4, p);
     if (!given(p.latent.v)) p.latent.v = p.window.v;
     const Tensor &query = p.window.q, &values = p.window.v;
     const int64_t sequences = count_sequences(op, query, p.window.cu_seqlens);
@@ -319,12 +324,7 @@ struct MacchiatoAttentionStep {
     p.latent.scale = latent_scale;
     p.window = window_step(host, q, k, v, key, value, valid, position, q_sink, k_sink, v_sink,
                            sink_position, scale, softcap);
-    check_rank("macchiato_attention_step", 3,
-               {{"q_latent", p.q_latent},
-                {"k_latent", p.latent.k},
-                {"q", p.window.q},
-                {"k", p.window.k},
-                {"v", p.window.v}});
+    check_ranks("macchiato_attention_step", 3, p);
     if (!given(p.latent.v)) p.latent.v = p.window.v;
     Out<H> y = host.empty(v, p.window.v.dtype,
                           {p.window.q.shape[0], p.window.q.shape[1], p.window.v.shape[2]});

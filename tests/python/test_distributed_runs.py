@@ -87,14 +87,13 @@ def _fail(rank: int, port: int, kind: str, connection: Connection) -> None:
     op(x, x, x).sum().backward()
     if rank == 1:
         if kind == "stall":
-            time.sleep(20)
+            time.sleep(3600)  # until it is killed: the others end before, or they hang
         return
-    start = time.monotonic()
     try:
         op(x, x, x).sum().backward()
-        connection.send(("no error", 0.0))
+        connection.send("no error")
     except RuntimeError as error:
-        connection.send((str(error), time.monotonic() - start))
+        connection.send(str(error))
 
 
 @pytest.mark.parametrize("kind", ["stall", "die"])
@@ -111,10 +110,9 @@ def test_a_rank_that_fails_ends_the_others_in_time(kind: str) -> None:
         for rank in (0, 2):
             receiver = pairs[rank][0]
             assert receiver.poll(120), f"rank {rank} hangs"
-            message, seconds = receiver.recv()
+            message = receiver.recv()
             assert re.match(r"\[latent_attention\] all_gather\w* over 3 ranks failed", message)
             assert "dead, stalled" in message
-            assert seconds < 15  # the group's timeout is 4 seconds, the stall 20
     finally:
         for process in processes:
             process.kill()
