@@ -30,6 +30,6 @@ def direct(operator: Any) -> Callable[..., Any]:
         # what requires grad.
         if torch.compiler.is_compiling() or EMULATED or in_region():
             return None
-        return function(*args, extras)
+        return function(*args, bool(extras))
 
     return call

@@ -138,10 +138,11 @@ def macchiato_attention(
         TypeError: dtypes.
         RuntimeError: devices.
     """
-    usual = state is None and not return_state and sinks is None and softcap is None
+    # The core takes values per latent head, which is not promised here.
+    usual = state is None and not return_state and sinks is softcap is v_latent is None
     if usual and backend is None and window != 0 and isinstance(q, Tensor):
         results = _macchiato_ops.macchiato_attention_direct(
-            q_latent, k_latent, v_latent, q, k, v, key_mask, key_mask, cu_seqlens, *(None,) * 8,
+            q_latent, k_latent, None, q, k, v, key_mask, key_mask, cu_seqlens, *(None,) * 8,
             window, 0, causal, default_scale(q) if scale is None else scale, 0.0, latent_scale,
             False, extras=False,
         )  # fmt: skip
@@ -246,10 +247,10 @@ def macchiato_attention_step(
         RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     stepped: Tensor | None
-    usual = sinks is None and softcap is None and isinstance(q, Tensor)
+    usual = sinks is softcap is v_latent is None and isinstance(q, Tensor)
     if usual and isinstance(state, MacchiatoState) and state.latent and state.window:
         stepped = _macchiato_ops.macchiato_attention_step_direct(
-            q_latent, k_latent, v_latent, q, k, v, *state.latent, *state.window, *(None,) * 4,
+            q_latent, k_latent, None, q, k, v, *state.latent, *state.window, *(None,) * 4,
             default_scale(q) if scale is None else scale, 0.0, latent_scale,
         )  # fmt: skip
         if stepped is not None:

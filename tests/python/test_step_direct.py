@@ -5,7 +5,7 @@ import contextlib
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import latte_ext
@@ -397,6 +397,94 @@ def test_every_function_without_its_operator(name: str, monkeypatch: pytest.Monk
         assert torch.equal(x, y)
     with pytest.raises(AssertionError, match="dispatcher was asked"), Operators():
         call()
+
+
+def arguments_of_every_function() -> dict[str, tuple[Callable[..., object], dict[str, object]]]:
+    x, latent = torch.randn(2, 4, 5, 3), torch.randn(2, 4, 5, 4)
+    keys, values = torch.randn(2, 2, 5, 3), torch.randn(2, 2, 5, 6)
+    tokens, decay, hidden = torch.randn(2, 5, 4), torch.zeros(4), torch.zeros(2, 4)
+    mask, tail = torch.ones(2, 5, dtype=torch.bool), torch.zeros(2, 2, 4)
+    heads = {"q": x, "k": keys, "v": values}
+    row = {name: y[:, :, 0] for name, y in heads.items()}
+    masked = {**heads, "key_mask": mask}
+    gates = {"x": tokens, "gate_a": tokens, "gate_x": tokens, "log_lambda": decay}
+    gate_row = {name: y[:, 0] if y.dim() == 3 else y for name, y in gates.items()}
+    weight = torch.randn(4, 3)
+
+    def on_state(q: Tensor, k: Tensor, v: Tensor, *state: Tensor) -> object:
+        return latent_attention_step(q, k, v, LatentState(*state)), state
+
+    def on_ring(q: Tensor, k: Tensor, v: Tensor, *ring: Tensor) -> object:
+        return latte_ext.sliding_window_attention_step(q, k, v, latte_ext.WindowCache(*ring)), ring
+
+    state = dict(zip(NAMES[3:], LatentState.empty(2, 2, 3, 6).tensors(), strict=True))
+    ring = latte_ext.WindowCache.empty(2, 2, 3, 3, 6).tensors()
+    cache = dict(zip(("key", "value", "valid", "position"), ring, strict=True))
+    gated = {"q_latent": latent, "k_latent": keys, "v_latent": values, **masked, "window": 3}
+    return {
+        "latent_attention": (latte_ext.latent_attention, {**masked, "return_state": True}),
+        "latent_attention_step": (lambda **a: on_state(*a.values()), {**row, **state}),
+        "sliding_window_attention": (latte_ext.sliding_window_attention, {**masked, "window": 3}),
+        "sliding_window_attention_step": (lambda **a: on_ring(*a.values()), {**row, **cache}),
+        "macchiato_attention": (latte_ext.macchiato_attention, {**gated, "v_latent": None}),
+        "macchiato_attention, v_latent": (latte_ext.macchiato_attention, gated),
+        "linear_recurrence": (
+            latte_ext.linear_recurrence,
+            {"a": tokens, "b": tokens, "h0": hidden, "return_state": True},
+        ),
+        "rg_lru": (
+            latte_ext.rg_lru, {**gates, "h0": hidden, "key_mask": mask, "return_state": True},
+        ),
+        "rg_lru_step": (latte_ext.rg_lru_step, {**gate_row, "state": hidden}),
+        "short_conv": (
+            latte_ext.short_conv,
+            {"x": tokens, "weight": weight, "bias": decay, "state": tail, "return_state": True},
+        ),
+        "short_conv_step": (
+            latte_ext.short_conv_step,
+            {"x": tokens[:, 0], "weight": weight, "bias": decay, "state": tail},
+        ),
+        "rotate": (rotary.rotate, {"x": x, "position": torch.arange(5)}),
+    }  # fmt: skip
+
+
+def altered(value: object) -> Iterator[object]:
+    yield from (value, None, 2)
+    if not isinstance(value, Tensor):
+        yield from (0, -1, 2**63, float("nan"), "3")
+        return
+    yield from (value[0], value[None], value.to(torch.bfloat16), value.to(torch.float64))
+    yield from (value.int(), value.bool(), value.tolist(), value.to("meta"))
+    for dim, size in enumerate(value.shape):
+        longer = torch.cat([value, value], dim)
+        yield from (longer.narrow(dim, 0, n) for n in {0, 1, size - 1, size + 1, 2 * size})
+
+
+def outcome(call: Callable[..., object], arguments: dict[str, object]) -> object:
+    fresh = {n: x.clone() if isinstance(x, Tensor) else x for n, x in arguments.items()}
+    try:
+        result = call(**fresh)
+    except Exception as error:
+        return type(error)
+    leaves = pytree.tree_leaves((result, fresh))
+    return [x if x.is_meta else (x.dtype, x.tolist()) for x in leaves if isinstance(x, Tensor)]
+
+
+@pytest.mark.parametrize("name", arguments_of_every_function())
+def test_altered_arguments_meet_the_same_checks(name: str) -> None:
+    """What goes around the dispatcher refuses no less and returns nothing else."""
+    call, arguments = arguments_of_every_function()[name]
+    refused = 0
+    for key, value in arguments.items():
+        for other in altered(value):
+            changed = arguments | {key: other}
+            with torch.no_grad():
+                direct = outcome(call, changed)
+                with Operators():
+                    dispatched = outcome(call, changed)
+            refused += isinstance(direct, type)
+            assert repr(direct) == repr(dispatched), (key, other)
+    assert refused > 5 * len(arguments) / 2
 
 
 # Reading tensors ---------------------------------------------------------------------------------

@@ -414,18 +414,37 @@ void latent_heads_fit(const Checker& check, const Tensor& k_latent, const Window
                                 std::to_string(problem.heads) + " heads of q");
 }
 
-// q_latent, and the latents' keys and values beside those of the window.
+// q_latent, and what the latents have beside the window. All of it: the call of the latents sees
+// parts, which are cut to size.
 template <class Params>
-void validate_latents(const Checker& check, const Params& p, WindowProblem& problem) {
+Problem validate_latents(const Checker& check, const Params& p, WindowProblem& problem) {
   check.rank("q_latent", p.q_latent, 4, "(batch, heads, tokens, 1 + latents)");
   check.rank("k_latent", p.latent.k, 4, "(batch, latent heads, tokens, latents)");
-  problem.latents = p.latent.k.shape[3];
+  Problem latents;
+  latents.sequences = problem.sequences;
+  latents.kv_heads = p.latent.k.shape[1];
+  latents.latents = problem.latents = p.latent.k.shape[3];
+  latents.dim = problem.dim;
+  latents.is_double = problem.is_double;
   check.shape("q_latent", p.q_latent,
-              {problem.batch, problem.heads, problem.tokens, 1 + problem.latents},
+              {problem.batch, problem.heads, problem.tokens, 1 + latents.latents},
               "(batch, heads, tokens, 1 + latents) of q and k_latent");
-  latent_heads_fit(check, p.latent.k, problem);
   check.dtype("q_latent", p.q_latent, {compute_dtype(problem.is_double)});
   check.finite_scale(p.latent.scale);
+  latent_heads_fit(check, p.latent.k, problem);
+  if (latents.latents == 0) return latents;
+  check.shape("k_latent", p.latent.k,
+              {problem.batch, latents.kv_heads, problem.tokens, latents.latents},
+              "(batch, latent heads, tokens, latents) of q_latent");
+  check.shape("v_latent", p.latent.v,
+              {problem.batch, latents.kv_heads, problem.tokens, latents.dim},
+              "(batch, latent heads, tokens, channels) of k_latent and v");
+  if (present(p.latent.key_mask))
+    check.shape("latent.key_mask", p.latent.key_mask, {problem.batch, problem.tokens},
+                "(batch, tokens)");
+  if (any_state(p.latent.initial))
+    check.state(kState, p.latent.initial, latents, Checker::Access::read);
+  return latents;
 }
 
 }  // namespace
@@ -445,19 +464,28 @@ WindowProblem validate(const SlidingWindowStep& p, Memory memory) {
 WindowProblem validate(const MacchiatoForward& p, Memory memory) {
   const Checker check("macchiato_attention", memory);
   WindowProblem problem = validate_forward(check, p.window);
-  validate_latents(check, p, problem);
+  const Problem latents = validate_latents(check, p, problem);
   validate_rows(check, "latent.y", p.latent.y, problem, {compute_dtype(problem.is_double)});
   check.writable("latent.y", p.latent.y);
+  if (latents.latents > 0 && any_state(p.latent.final))
+    check.state(kFinal, p.latent.final, latents, Checker::Access::write);
   return problem;
 }
 
 WindowProblem validate(const MacchiatoBackward& p, Memory memory) {
   const Checker check("macchiato_attention_backward", memory);
   WindowProblem problem = validate_backward(check, p.window);
-  validate_latents(check, p, problem);
+  const Problem latents = validate_latents(check, p, problem);
   const DType compute = compute_dtype(problem.is_double);
   validate_rows(check, "y", p.y, problem, {compute});
   check.gradient("dq_latent", p.q_latent, p.dq_latent, compute);
+  if (latents.latents > 0) {
+    check.gradient("latent.dk", p.latent.k, p.latent.dk, compute);
+    if (any_state(p.latent.d_final))
+      check.state(kDFinal, p.latent.d_final, latents, Checker::Access::read);
+    if (any_state(p.latent.d_initial))
+      check.state(kDInitial, p.latent.d_initial, latents, Checker::Access::write);
+  }
   if (p.one_value && problem.latents > 0) {
     const int64_t (&shape)[4] = p.window.v.shape;
     check.shape("latent.dv", p.latent.dv, {shape[0], shape[1], shape[2], shape[3]},
