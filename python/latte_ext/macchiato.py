@@ -139,8 +139,9 @@ def macchiato_attention(
         RuntimeError: devices.
     """
     # The core takes values per latent head, which is not promised here.
-    usual = state is None and not return_state and sinks is softcap is v_latent is None
-    if usual and backend is None and window != 0 and isinstance(q, Tensor):
+    plain = sinks is None and softcap is None and v_latent is None
+    usual = plain and state is None and not return_state and backend is None
+    if usual and window != 0 and isinstance(q, Tensor):
         results = _macchiato_ops.macchiato_attention_direct(
             q_latent, k_latent, None, q, k, v, key_mask, key_mask, cu_seqlens, *(None,) * 8,
             window, 0, causal, default_scale(q) if scale is None else scale, 0.0, latent_scale,
@@ -247,7 +248,8 @@ def macchiato_attention_step(
         RuntimeError: devices, or an input that requires grad while grad mode is on.
     """
     stepped: Tensor | None
-    usual = sinks is softcap is v_latent is None and isinstance(q, Tensor)
+    plain = sinks is None and softcap is None and v_latent is None
+    usual = plain and isinstance(q, Tensor)
     if usual and isinstance(state, MacchiatoState) and state.latent and state.window:
         stepped = _macchiato_ops.macchiato_attention_step_direct(
             q_latent, k_latent, None, q, k, v, *state.latent, *state.window, *(None,) * 4,
