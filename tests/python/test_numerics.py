@@ -71,6 +71,18 @@ def huge() -> Problem:
     return with_keys(lambda k: k.clamp(-3, 3) * 1e38)
 
 
+def far_below() -> Problem:
+    """Logits from -1e3 to -3e38 among others, where an exponential without bounds is not 0."""
+    levels = -(10.0 ** torch.tensor([3.0, 20, 24, 25.5, 26, 26.3, 26.6, 27, 30, 38.4]))
+
+    def change(x: Tensor) -> Tensor:
+        lowered = levels.to(x)[torch.randint(len(levels), x.shape)]
+        return torch.where(torch.rand(x.shape) < 0.2, lowered, x)
+
+    problem = random_problem()
+    return dataclasses.replace(problem, q=change(problem.q), k=change(problem.k))
+
+
 def offset_values() -> Problem:
     # Half the tokens: the error of a mean is a random walk, and reached 4e-6 at 2,000.
     problem = make_problem(LATENTS, DIM, TOKENS // 2, batch=1, heads=1)
@@ -114,6 +126,7 @@ TABLE: dict[str, Callable[[], Problem]] = {
     "falling_50": lambda: drift(-50),
     "ramp": lambda: drift(0.05),
     "keys_3e38": huge,
+    "far_below": far_below,
     "values_around_100": offset_values,
     "queries_around_1e4": offset_queries,
     "ties": ties,
