@@ -226,8 +226,8 @@ LATTE_EXPORT latte_status latte_state_merge_init(latte_state_merge_args* args, s
 LATTE_EXPORT latte_status latte_state_merge(const latte_state_merge_args* args);
 
 /**
- * A view of contiguous memory, the last dimension fastest.
- * @param rank 0 to 4, the length of `shape`. A longer one is kept, for the operator to refuse.
+ * A view of contiguous memory, the last dimension fastest. `rank`, 0 to 4, is the length of
+ * `shape`; a longer one is kept, for the operator to refuse.
  */
 LATTE_EXPORT latte_tensor latte_dense(void* data, int32_t dtype, int64_t rank,
                                       const int64_t* shape);
