@@ -75,11 +75,12 @@ GTEST_HEADER := /usr/include/gtest/gtest.h
 $(GTEST_HEADER):
 	$(APT) update -qq && $(APT) install -y -qq libgtest-dev
 
-# $(call cpp-suite,<build folder>,<cmake options>): configure, build, run through ctest.
+# $(call cpp-suite,<build folder>,<cmake options>,<ninja target>,<ctest options>): configure, build,
+# run through ctest.
 define cpp-suite
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -S . -B $(1) -G Ninja -DLATTE_BUILD_TESTS=ON $(2) >/dev/null
-	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1)
-	ctest --test-dir $(1) --output-on-failure --parallel 2
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(1) $(if $(3),--target $(3))
+	ctest --test-dir $(1) --output-on-failure --parallel 2 $(4)
 endef
 
 test-cpp: $(VENV)/requirements $(GTEST_HEADER)
@@ -92,11 +93,10 @@ test-cpp-sanitized: $(VENV)/requirements $(GTEST_HEADER)
 	$(call cpp-suite,build/cpp-asan,$(SANITIZE_ADDRESS) -DLATTE_TEST_CUDA=OFF)
 	$(call cpp-suite,build/cpp-tsan,$(SANITIZE_THREAD) -DLATTE_TEST_CUDA=OFF)
 
-# The CUDA kernels on their emulation, and all else once more: too long for make test, most of it
-# the compiler's time.
+# The CUDA kernels on their emulation: too long for make test, most of it the compiler's time.
 test-cuda-sanitized: $(VENV)/requirements $(GTEST_HEADER)
-	$(call cpp-suite,build/cuda-asan,$(SANITIZE_ADDRESS))
-	$(call cpp-suite,build/cuda-tsan,$(SANITIZE_THREAD))
+	$(call cpp-suite,build/cuda-asan,$(SANITIZE_ADDRESS),cuda_tests,--tests-regex ^cuda)
+	$(call cpp-suite,build/cuda-tsan,$(SANITIZE_THREAD),cuda_tests,--tests-regex ^cuda)
 
 # What nvcc makes of the CUDA kernels, of all of them with ALL=1; that they compute the right thing is
 # among the C++ tests.
@@ -148,7 +148,7 @@ test-clang: $(VENV)/requirements $(GTEST_HEADER)
 	$(call with-clang,suite-clang)
 
 suite-clang:
-	$(call cpp-suite,build/cpp-clang,$(CLANG))
+	$(call cpp-suite,build/cpp-clang,$(CLANG) -DLATTE_TEST_CUDA=OFF)
 
 # And on the kernels of compilers without vector extensions.
 test-scalar: $(VENV)/requirements $(GTEST_HEADER)
