@@ -6,7 +6,6 @@ Notation as in `functional`, and Dk key channels per head, Hl latent heads, n si
 
 from __future__ import annotations
 
-import math
 from typing import Literal, overload
 
 from torch import Tensor
@@ -286,6 +285,14 @@ def macchiato_attention_step(
     return y
 
 
+def _least_common_multiple(a: int, b: int) -> int:
+    """`math.lcm`, which torch.compile does not trace where sizes are symbols."""
+    divisor, rest = a, b
+    while rest:
+        divisor, rest = rest, divisor % rest
+    return a // divisor * b
+
+
 def match_heads(
     k_latent: Tensor, v: Tensor, v_latent: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
@@ -293,7 +300,9 @@ def match_heads(
 
     What is repeated is in the compute type, so that its gradient is summed before it is rounded.
     """
-    heads = math.lcm(k_latent.shape[1], v.shape[1])
+    if k_latent.shape[1] == v.shape[1]:
+        return k_latent, v_latent
+    heads = _least_common_multiple(k_latent.shape[1], v.shape[1])
     dtype = compute_dtype(v)
     if k_latent.shape[1] != heads:
         k_latent = k_latent.to(dtype)

@@ -26,6 +26,10 @@ TOLERATED_WARNINGS = (
         "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
         "torch 2.14's opcheck reads it",
     ),
+    (
+        "ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning",
+        "torch 2.6's inductor says so of its own settings",
+    ),
 )
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25)

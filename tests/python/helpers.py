@@ -11,11 +11,21 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
 
+import pytest
 import torch
 from latte_ext import LatentState, latent_attention, reference
 from latte_ext._device import EMULATED
 from latte_ext.bench.measure import torch_threads as threads
 from torch import Tensor
+
+# docs/torch.md lists what older ones lack.
+OLD_TORCH = torch.torch_version.TorchVersion(torch.__version__) < "2.7"
+
+
+def needs_torch(why: str) -> pytest.MarkDecorator:
+    """For what torch 2.6 cannot do, and says so itself; nothing between 2.6 and 2.10 was tried."""
+    return pytest.mark.skipif(OLD_TORCH, reason=f"torch {torch.__version__}: {why}")
+
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

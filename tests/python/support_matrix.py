@@ -3,7 +3,8 @@
 
 A test marked `@pytest.mark.supports(feature, *operators)` stands for those cells of the table; with
 no operators, for the one of its parameters `op` or `case`. A cell is "yes" where all its tests
-passed. `pytest -m supports --support-matrix docs/support.md` writes the page.
+passed. `pytest tests/python -m supports --support-matrix docs/support.md` writes the page, and the
+same table between the marks in README.md.
 """
 
 from collections import defaultdict
@@ -11,6 +12,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+
+README = Path(__file__).resolve().parents[2] / "README.md"
+MARKS = ("<!-- support: begin -->\n", "<!-- support: end -->\n")
 
 OPERATORS = (
     "latent_attention",
@@ -23,7 +27,7 @@ OPERATORS = (
 )
 HEADER = """# What works with what
 
-Written by `pytest -m supports --support-matrix docs/support.md` from the tests that carry the marker `supports`; do not edit.
+Written by `pytest tests/python -m supports --support-matrix docs/support.md` from the tests that carry the marker `supports`; do not edit.
 "yes": every such test passed. "not run": its tests need what the machine that wrote this page lacks. Empty: no test says so; the pages beside this one say whether it raises.
 With torch {torch}. What each row means in detail: [torch.md](torch.md).
 
@@ -51,7 +55,10 @@ class Matrix:
         for feature in features:
             cells = [_cell(self.outcomes.get((feature, name), ())) for name in OPERATORS]
             lines.append(f"| {feature} | {' | '.join(cells)} |")
-        path.write_text(HEADER.format(torch=torch_version) + "\n".join(lines) + "\n")
+        table = "\n".join(lines) + "\n"
+        path.write_text(HEADER.format(torch=torch_version) + table)
+        before, rest = README.read_text().split(MARKS[0])
+        README.write_text(before + MARKS[0] + table + MARKS[1] + rest.split(MARKS[1])[1])
 
 
 def _cell(outcomes: Iterable[str]) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 import latte_ext
 import pytest
 import torch
-from helpers import make_problem, random_mask
+from helpers import OLD_TORCH, make_problem, random_mask
 from latte_ext import _compositions, latent_attention
 from mixer_helpers import library, make_call
 from torch import Tensor, func
@@ -95,6 +95,8 @@ FORWARD_OVER_REVERSE = [case for case in CASES if case not in BACKWARD_ONLY]
 
 
 def make_case(case: str) -> tuple[Function, list[Tensor], Function]:
+    if OLD_TORCH and "packed" in case and not case.startswith("linear_recurrence"):
+        pytest.skip("torch 2.6 cannot read borders within a transform")
     return attention_case(case) if case in OPTIONS else mixer_case(case)
 
 

@@ -298,6 +298,7 @@ def test_bad_input(case: tuple[str, dict[str, object], type[Exception], str]) ->
 # Inside torch -------------------------------------------------------------------------------------
 
 
+@pytest.mark.supports("opcheck", "macchiato_attention")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool, dtype: torch.dtype) -> None:

@@ -60,6 +60,7 @@ def fresh_compiler() -> Iterator[None]:
     torch.compiler.reset()
 
 
+@pytest.mark.supports("opcheck")
 @OP
 @CASE
 @pytest.mark.parametrize("requires_grad", [False, True])

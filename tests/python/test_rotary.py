@@ -217,6 +217,7 @@ def test_gradients(option: str) -> None:
     assert torch.autograd.gradgradcheck(function, (x,), fast_mode=True)
 
 
+@pytest.mark.supports("opcheck", "rotate")
 @OPTION
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(option: str, requires_grad: bool) -> None:

@@ -17,6 +17,7 @@ from helpers import (
     assert_same_solution,
     library_attention,
     make_problem,
+    needs_torch,
     random_mask,
     solve,
     solve_reference,
@@ -223,6 +224,7 @@ class Model(torch.nn.Module):
         return 2 * y, state
 
 
+@needs_torch("torch.export wants a state's class registered in a second place")
 @pytest.mark.supports("export, save and load, dynamic sizes", "latent_attention")
 def test_export() -> None:
     """With dynamic dimensions and a state as input and output; saved, loaded and run."""

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import make_problem, threads
+from helpers import make_problem, needs_torch, threads
 from latte_ext import _register, latent_attention, linear_recurrence, short_conv
 from latte_ext.nn import LatteConfig, LatteLM, LayerCache
 from torch import Tensor, nn
@@ -79,6 +79,7 @@ def test_training_steps_share_one_graph(variant: str) -> None:
     assert graphs() == 1
 
 
+@needs_torch("its compiler does not trace caches")
 @pytest.mark.supports("compile: prefill, any length, one graph", *OPERATORS)
 @VARIANT
 def test_prefills_share_one_graph(variant: str) -> None:
@@ -94,6 +95,7 @@ def test_prefills_share_one_graph(variant: str) -> None:
     assert graphs() == 1
 
 
+@needs_torch("its compiler does not trace caches")
 @pytest.mark.supports("compile: decode steps in place, one graph for all positions", *OPERATORS)
 @VARIANT
 def test_positions_share_one_graph(variant: str) -> None:
@@ -137,6 +139,7 @@ def saved(program: torch.export.ExportedProgram) -> nn.Module:
     return torch.export.load(buffer).module()
 
 
+@needs_torch("torch.export does not trace caches")
 @pytest.mark.supports("export: prefill, dynamic batch and length", *OPERATORS)
 @pytest.mark.supports("export: decode step in place", *OPERATORS)
 @VARIANT
@@ -253,7 +256,9 @@ def free_port() -> str:
 
 @pytest.mark.supports("two processes", *OPERATORS)
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+@pytest.mark.parametrize(
+    "kind", ["ddp", pytest.param("fsdp2", marks=needs_torch("its fully_shard wants a GPU"))]
+)
 def test_two_ranks(kind: str) -> None:
     here, port = os.path.dirname(__file__), free_port()
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONPATH": here}
@@ -288,10 +293,10 @@ def long_call(op: str) -> Callable[[], Tensor]:
 @pytest.mark.supports("releases the interpreter's lock")
 @pytest.mark.parametrize("op", ["latent_attention", "linear_recurrence", "short_conv"])
 def test_long_calls_release_the_lock(op: str) -> None:
-    """Another Python thread runs between the beginning and the end of one call.
+    """Another Python thread runs between the beginning and the end of a call.
 
-    It cannot take the lock from within the call: a kernel that holds it lets nobody count. So the
-    interpreter is told not to switch by itself.
+    The interpreter is told not to switch by itself: a kernel that holds the lock lets nobody count
+    in any number of calls, while one call is enough unless others keep the machine's cores.
     """
     call = long_call(op)
     call()
@@ -308,9 +313,13 @@ def test_long_calls_release_the_lock(op: str) -> None:
     sys.setswitchinterval(60)
     try:
         counter.start()
-        seen = counted
-        call()
-        during = counted - seen
+        during = 0
+        for _ in range(20):
+            seen = counted
+            call()
+            during += counted - seen
+            if during > 10:
+                break
     finally:
         stop.set()
         sys.setswitchinterval(before)
@@ -361,7 +370,7 @@ for call in calls:
     for count in (1, 2, 1):
         torch.set_num_threads(count)
         call()
-    assert asked == [1, 2, 1], asked
+    assert [n for n, last in zip(asked, [0, *asked]) if n != last] == [1, 2, 1], asked
 """
 
 

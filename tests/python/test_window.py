@@ -325,6 +325,7 @@ def test_bad_input(
 # Inside torch -------------------------------------------------------------------------------------
 
 
+@pytest.mark.supports("opcheck", "sliding_window_attention")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_opcheck(requires_grad: bool, dtype: torch.dtype) -> None:
