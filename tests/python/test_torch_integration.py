@@ -400,10 +400,18 @@ def test_anomaly_mode() -> None:
 # Processes and threads ---------------------------------------------------------------------------
 
 
+# In a build with CUDA autograd has threads for devices, without which no child can go backward.
+FORWARD_ONLY = torch.backends.cuda.is_built()
+
+
 def solve_in_child(problem: Problem, count: int, answer: Connection) -> None:
     torch.set_num_threads(count)
+    if FORWARD_ONLY:
+        results = {"y": latent_attention(problem.q, problem.k, problem.v)}
+    else:
+        results = dict(solve(problem).named())
     # As numbers: sharing a tensor's memory would need the child to stay alive.
-    answer.send({name: x.tolist() for name, x in solve(problem).named()})
+    answer.send({name: x.tolist() for name, x in results.items()})
 
 
 @pytest.mark.supports("forked processes", "latent_attention")
@@ -426,8 +434,10 @@ def test_forked_process(count: int) -> None:
     values = receiver.recv()
     child.join(20)
     assert child.exitcode == 0
+    assert set(values) == ({"y"} if FORWARD_ONLY else {name for name, _ in expected.named()})
     for name, want in expected.named():
-        assert torch.equal(torch.tensor(values[name], dtype=want.dtype), want), name
+        if name in values:
+            assert torch.equal(torch.tensor(values[name], dtype=want.dtype), want), name
 
 
 def test_eight_python_threads() -> None:
