@@ -251,8 +251,8 @@ def macchiato_attention_step(
     usual = plain and isinstance(q, Tensor)
     if usual and isinstance(state, MacchiatoState) and state.latent and state.window:
         stepped = _macchiato_ops.macchiato_attention_step_direct(
-            q_latent, k_latent, None, q, k, v, *state.latent, *state.window, *(None,) * 4,
-            default_scale(q) if scale is None else scale, 0.0, latent_scale,
+            q_latent, k_latent, None, q, k, v, *state.latent.tensors(), *state.window.tensors(),
+            *(None,) * 4, default_scale(q) if scale is None else scale, 0.0, latent_scale,
         )  # fmt: skip
         if stepped is not None:
             return stepped

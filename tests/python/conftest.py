@@ -27,6 +27,10 @@ TOLERATED_WARNINGS = (
         "torch 2.14's opcheck reads it",
     ),
     (
+        "ignore:The given buffer is not writable:UserWarning",
+        "torch 2.10's export says so of the file that it reads",
+    ),
+    (
         "ignore:Skipping serialization of skipfiles_inline_module_allowlist:UserWarning",
         "torch 2.6's inductor says so of its own settings",
     ),
