@@ -207,7 +207,7 @@ test-isas: $(VENV)/installed
 # may take a build with CUDA, gigabytes of it. transformers brings its own demands on torch.
 TORCH ?= 2.13.0
 TORCH_VENV := build/torch-$(TORCH)
-TORCH_TESTS := torch_integration torch_models derivatives mixers_torch latent_attention step state
+TORCH_TESTS := torch_integration torch_models torch_operators derivatives mixers_torch latent_attention step state
 
 test-torch:
 	$(PYTHON) -m venv $(TORCH_VENV)

@@ -11,6 +11,7 @@ from typing import Any
 import latte_ext
 import pytest
 import torch
+from helpers import OLD_TORCH
 from latte_ext import rotary
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -116,6 +117,8 @@ class Module(torch.nn.Module):
 @pytest.mark.supports("export, save and load, dynamic sizes")
 @OP
 def test_export(op: str) -> None:
+    if OLD_TORCH and "shared" in op:
+        pytest.skip("torch 2.6 takes the batch of repeated latents for fixed")
     function, inputs = OPERATORS[op][0], inputs_of(op, 3, 20)
     other = inputs_of(op, 4, 70)
     batch, tokens = torch.export.Dim("batch"), torch.export.Dim("tokens")
