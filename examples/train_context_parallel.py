@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.util
 from typing import Any
 
 import torch
@@ -116,6 +117,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--save", help="folder of the checkpoint to write at the end")
     parser.add_argument("--resume", help="folder of a checkpoint to go on from")
     args = parser.parse_args(argv)
+    if (args.save or args.resume) and importlib.util.find_spec("numpy") is None:
+        parser.error("torch.distributed.checkpoint needs numpy, which is not installed")
     # A rank that dies or stalls ends the others after this, with an error.
     dist.init_process_group("gloo", timeout=datetime.timedelta(minutes=2))
     try:

@@ -203,3 +203,14 @@ def test_training_goes_on_at_another_world_size(tmp_path: Path) -> None:
     assert [step for step, _ in losses] == list(range(6))
     for (_, got), (_, want) in zip(losses, expected, strict=True):
         assert abs(got - want) < 2e-5
+
+
+@pytest.mark.parametrize("option", ["--save", "--resume"])
+def test_a_checkpoint_without_numpy_is_refused_before_the_training(
+    option: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = load(EXAMPLE)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        example.main([option, "checkpoint"])
+    assert "needs numpy, which is not installed" in capsys.readouterr().err
