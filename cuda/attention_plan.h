@@ -35,7 +35,8 @@ constexpr int stages(int64_t stage_bytes, int64_t other_bytes, int64_t limit) {
 }
 
 // What a kernel has in shared memory, added up: keys and values, queries, dy, the factors of the
-// backward pass (gradient.cuh), a state or its gradient, the sum of a gradient, and dp of a chunk.
+// backward pass (gradient.cuh), a state or its gradient, the sum of a gradient, dp of a chunk, and
+// queries and dq in the place of the factors, which the block then finds itself.
 enum Contents : int {
   kKeys = 1,
   kQueries = 2,
@@ -43,7 +44,8 @@ enum Contents : int {
   kFactors = 8,
   kState = 16,
   kSum = 32,
-  kSlopes = 64
+  kSlopes = 64,
+  kRecalled = 128
 };
 inline constexpr int kForwardContents = kKeys | kQueries | kState;
 inline constexpr int kMeanContents = kQueries | kState;  // bidirectional, after the summary
@@ -54,6 +56,10 @@ constexpr int query_gradient_contents(DType dtype) {
 inline constexpr int kQuerySumContents = kKeys | kQueries | kOutputs | kState | kSum;
 inline constexpr int kMeanGradientContents = kMeanContents | kOutputs | kSum;
 inline constexpr int kKeyGradientContents = kKeys | kOutputs | kFactors | kState;
+inline constexpr int kRecallingContents = kKeyGradientContents | kRecalled;
+// Of what the queries' half has left in dq alone, if inputs have the type of factors. Where dq is
+// float16, its least numbers would be too coarse.
+constexpr bool recalls_factors(DType dtype) { return dtype != DType::float16; }
 inline constexpr int kMeanKeyContents = kKeys | kState;
 
 // Rows are 16 bytes longer than they need, which keeps eight of them on different banks.
@@ -91,9 +97,10 @@ constexpr SharedBytes shared_bytes(ElementBytes e, int64_t latents, int64_t chan
   b.spread = has(kSum) * b.factor_rows;
   b.slopes = has(kSlopes) * b.factor_rows;
   b.state = has(kState) * latents * (channels * e.factor + kRowPadding);
-  // Four numbers per latent, two per warp and latent, one per warp and channel; of a sum one more
-  // per latent.
-  b.books = ((has(kKeys) | has(kOutputs)) * (12 * latents + 4 * channels) + has(kSum) * latents) *
+  // Four numbers per latent, two per warp and latent, one per warp and channel; of a sum, and of
+  // the norm before a chunk whose factors are found again, one more per latent.
+  b.books = ((has(kKeys) | has(kOutputs)) * (12 * latents + 4 * channels) +
+             (has(kSum) | has(kRecalled)) * latents) *
             int64_t{sizeof(float)};
   return b;
 }
@@ -129,7 +136,7 @@ constexpr int gradient_latents(int64_t latents, DType dtype, int64_t limit) {
   const auto bytes = [&](int contents) {
     return shared_bytes(element_bytes(dtype), tile, kGradientChannels, contents).total(1);
   };
-  while (tile > 16 && most(most(bytes(kKeyGradientContents), bytes(kQuerySumContents)),
+  while (tile > 16 && most(most(bytes(kRecallingContents), bytes(kQuerySumContents)),
                            bytes(query_gradient_contents(dtype))) > limit)
     tile /= 2;
   return tile;

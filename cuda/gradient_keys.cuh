@@ -143,8 +143,11 @@ class KeyGradientBlock {
         k_(slice_of(a.k, w, w.kv_head, w.latent, a.latents)),
         v_(slice_of(a.v, w, w.kv_head, w.channel, a.dim)),
         dy_(slice_of(a.dy, w, w.head, w.channel, a.dim)),
-        r_(slice_of(a.r, w, w.head, w.latent, a.padded)),
-        product_(slice_of(a.product, w, w.head, w.latent, a.padded, w.slice)),
+        r_(Shape::kRecalls ? slice_of(a.q, w, w.head, w.latent, a.latents)
+                           : slice_of(a.r, w, w.head, w.latent, a.padded)),
+        product_(Shape::kRecalls ? slice_of(a.dq, w, w.head, w.latent, a.latents)
+                                 : slice_of(a.product, w, w.head, w.latent, a.padded, w.slice)),
+        inverse_scale_(1 / a.scale),
         dk_(slice_of(a.dk, w, w.head, w.latent, a.latents, w.slice)),
         dv_(slice_of(a.dv, w, w.head, w.channel, a.dim, w.latent / Shape::L)) {}
 
@@ -187,15 +190,24 @@ class KeyGradientBlock {
     const int64_t t = chunk * kChunk;
     if constexpr (Shape::kHasFactors) {
       for_own_latents<Shape>([&](int l) {
-        m_.maximum()[l] = l < form_.latents ? global_load(a_.border(w_, chunk, l)) : -kInfinity;
+        const int64_t at = a_.border(w_, chunk, l);
+        m_.maximum()[l] = l < form_.latents ? global_load(a_.borders + at) : -kInfinity;
+        if constexpr (Shape::kRecalls)
+          m_.share()[l] = l < form_.latents ? global_load(a_.norms + at) : 0;
       });
       find_extremes(m_, s, form_);
       __syncthreads();
       if (__syncthreads_or(choose_frames(m_, s, form_))) return walk_rows(t, s);
+      if constexpr (Shape::kRecalls)
+        for_own_latents<Shape>([&](int l) { m_.share()[l] *= m_.decay()[l]; });
       sum_.share(m_);
     }
     find_weights(m_, s, form_);
     __syncthreads();
+    if constexpr (Shape::kRecalls) {
+      find_factors(t, s);
+      __syncthreads();
+    }
     KeyGradientRows<Shape> rows(m_, s);
     rows.write_values(dv_, t, w_.tokens - t);
     rows.write_keys(dk_, t, w_.tokens - t, form_.scale);
@@ -213,11 +225,59 @@ class KeyGradientBlock {
     }
   }
 
+  // Of the warp's rows, in the place of q and dq.
+  __device__ __forceinline__ void find_factors(int64_t t, const Stage<Shape>& s) const {
+    static_assert(std::is_same_v<E, Factor>);
+    using Product = typename Shape::Product;
+    const int first = warp_id() * 16;
+    Factor* const r_rows = s.r + first * Shape::kWeightStride;
+    Factor* const product_rows = s.product + first * Shape::kWeightStride;
+    float along[2];
+    bool is_token[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int64_t token = t + first + tile_row(2 * r);
+      is_token[r] = token < w_.tokens;
+      along[r] = is_token[r] ? global_load(a_.along_of(w_, token)) : 0;
+    }
+    RowWeights<Shape> weights(r_rows, form_);
+    weights.find();
+#pragma unroll 1
+    for (int i = 0; i < Shape::L / 16; ++i) {
+      Tile r = weights.probabilities(i);
+      Tile product = load_tile(product_rows + 16 * i, Shape::kWeightStride);
+      const Tile z = find_normalisers(m_, s, m_.share(), first, i);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) {
+        const int h = e / 4, c = e % 4;
+        const float norm = z.c[h][c];
+        const bool is_there = is_token[c / 2] && norm > 0;
+        float& x = r.c[h][c];
+        x = is_there ? Product::rounded(quotient<Product>(x, norm)) : 0;
+        const float slope = quotient<Product>(inverse_scale_ * product.c[h][c], norm);
+        product.c[h][c] = is_there ? slope + x * along[c / 2] : 0;
+      }
+      // All lanes have read the tiles.
+      __syncwarp();
+      share_tile<Product>(r_rows + 16 * i, Shape::kWeightStride, r);
+      share_tile<Product>(product_rows + 16 * i, Shape::kWeightStride, product);
+    }
+  }
+
   // Row by row from the last on, in the frame of each row's maximum.
   __device__ __forceinline__ void walk_rows(int64_t t, const Stage<Shape>& s) {
     for_own_latents<Shape>([&](int l) { frame_ = m_.frame()[l]; });
     for (int row = static_cast<int>(least(kChunk, w_.tokens - t)) - 1; row >= 0; --row) {
       const E *const dy = s.dy + row * Shape::kDStride, *const v = s.v + row * Shape::kDStride;
+      [[maybe_unused]] const auto logit = [&](int l) {
+        return form_.scale * to_compute(s.r[row * Shape::kWeightStride + l]);
+      };
+      [[maybe_unused]] RowSoftmax p{};
+      [[maybe_unused]] float along = 0;
+      if constexpr (Shape::kRecalls) {
+        p = row_softmax(static_cast<int>(least(Shape::L, form_.latents)), logit);
+        along = global_load(a_.along_of(w_, t + row));
+      }
       float* const sums = m_.row_sums();
       for (int i = threadIdx.x; i < 4 * Shape::D; i += kAttentionThreads) sums[i] = 0;
       // Weights and r take the places of the largest keys.
@@ -226,9 +286,16 @@ class KeyGradientBlock {
         for (int i = 0; i <= row; ++i) high = fmaxf(high, key_at(s, i, l, form_));
         const int at = row * Shape::kWeightStride + l;
         move_frame(l, high);
-        m_.norm()[l] -= to_compute(s.product[at]);
+        float r = to_compute(s.r[at]), product = to_compute(s.product[at]);
+        if constexpr (Shape::kRecalls) {
+          float norm = m_.share()[l] * expf(m_.maximum()[l] - reference_of(high));
+          for (int i = 0; i <= row; ++i) norm += expf(key_at(s, i, l, form_) - reference_of(high));
+          r = l < form_.latents && norm > 0 ? Shape::Product::rounded(p(logit(l)) / norm) : 0;
+          product = norm > 0 ? inverse_scale_ * product / norm + r * along : 0;
+        }
+        m_.norm()[l] -= product;
         m_.largest()[l] = expf(key_at(s, row, l, form_) - reference_of(high));
-        m_.largest()[Shape::L + l] = to_compute(s.r[at]);
+        m_.largest()[Shape::L + l] = r;
       });
       __syncthreads();
       sum_.for_each([&](int l, int d, float& x) {
@@ -260,7 +327,9 @@ class KeyGradientBlock {
   const Work w_;
   const Logits form_;
   const SharedMemory<Shape> m_;
-  const Slice k_, v_, dy_, r_, product_;
+  const Slice k_, v_, dy_;
+  const Slice r_, product_;  // or q and dq
+  const float inverse_scale_;
   const Target dk_, dv_;
   StateTiles<Shape> sum_;
   float frame_ = 0;

@@ -31,6 +31,13 @@ void launch_gradient_of(GradientKernel kernel, const GradientArgs& args, int64_t
       using Shape = KernelShape<E, kLatents, kDim, kKeyGradientContents>;
       return launch_shape<Shape>(kOp, key_gradient<Shape>, args, blocks, stream);
     }
+    case GradientKernel::recalling_keys: {
+      if constexpr (recalls_factors(kDType<E>)) {
+        using Shape = KernelShape<E, kLatents, kDim, kRecallingContents>;
+        launch_shape<Shape>(kOp, key_gradient<Shape>, args, blocks, stream);
+      }
+      return;
+    }
     case GradientKernel::bidirectional_keys: {
       using Shape = KernelShape<E, kLatents, kDim, kMeanKeyContents>;
       return launch_shape<Shape>(kOp, key_gradient<Shape>, args, blocks, stream);

@@ -6,12 +6,14 @@
 
 namespace latte::cuda {
 
-// causal_queries sums no gradient of its own, causal_query_sums does.
+// causal_queries sums no gradient of its own, causal_query_sums does. causal_keys reads factors,
+// recalling_keys finds them again.
 enum class GradientKernel {
   causal_queries,
   causal_query_sums,
   bidirectional_queries,
   causal_keys,
+  recalling_keys,
   bidirectional_keys
 };
 

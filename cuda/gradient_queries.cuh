@@ -36,11 +36,18 @@ class QueryGradientRows {
 
   __device__ __forceinline__ QueryGradientRows(const SharedMemory<Shape>& m, const Stage<Shape>& s,
                                                const GradientArgs& a, const Work& w, int64_t t)
-      : m_(m), s_(s), a_(a), w_(w), form_(logits_of(a, w)), row_(warp_id() * 16), t_(t + row_) {
+      : m_(m),
+        s_(s),
+        a_(a),
+        w_(w),
+        form_(logits_of(a, w)),
+        row_(warp_id() * 16),
+        t_(t + row_),
+        weights_(s.q + row_ * Shape::kLStride, form_) {
     if constexpr (!kReads)
 #pragma unroll
       for (int j = 0; j < kDimTiles; ++j) dy_[j] = read_dy(j);
-    a.softmax.data ? load_softmax(a, w, t_, max_, inverse_sum_) : find_softmax();
+    a.softmax.data ? weights_.load(a, w, t_) : weights_.find();
     if constexpr (Shape::kHasKeys) find_scores();
   }
 
@@ -50,7 +57,7 @@ class QueryGradientRows {
     float along[2] = {};
 #pragma unroll kUnrolled
     for (int i = 0; i < kLatentTiles; ++i) {
-      Tile p = probabilities(i), r, product, dp;
+      Tile p = weights_.probabilities(i), r, product, dp;
       divide(i, p, r, dp);
       keep(kept, i, dp);
 #pragma unroll
@@ -62,7 +69,7 @@ class QueryGradientRows {
         p.c[h][c] *= dp.c[h][c];
         along[c / 2] += p.c[h][c];
       }
-      if constexpr (Shape::kHasKeys) {
+      if (Shape::kHasKeys && !a_.along.data) {
         to.product.store_vectors<Factor>(t_, 16 * i, rows, product);
         if (w_.slice == 0) to.r.store_vectors<Factor>(t_, 16 * i, rows, r);
       }
@@ -84,49 +91,6 @@ class QueryGradientRows {
       return dy_[j];
     }
   }
-  __device__ __forceinline__ Tile logits(int i) const {
-    Tile q = load_tile(s_.q + row_ * Shape::kLStride + 16 * i, Shape::kLStride);
-    for_each_element(q, [&](int, int l, float& x) {
-      x = 16 * i + l < form_.latents ? form_.scale * x : -kInfinity;
-    });
-    return q;
-  }
-  __device__ __forceinline__ Tile probabilities(int i) const {
-    Tile p = logits(i);
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      float& x = p.c[e / 4][e % 4];
-      x = weight<Product>(x - max_[e % 4 / 2]) * inverse_sum_[e % 4 / 2];
-    }
-    return p;
-  }
-
-  __device__ __forceinline__ void find_softmax() {
-    float high[2] = {-kInfinity, -kInfinity}, sum[2] = {};
-#pragma unroll
-    for (int i = 0; i < kLatentTiles; ++i) {
-      const Tile q = logits(i);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) high[e % 4 / 2] = fmaxf(high[e % 4 / 2], q.c[e / 4][e % 4]);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      max_[r] = reference_of(across_quad(high[r], [](float x, float y) { return fmaxf(x, y); }));
-      inverse_sum_[r] = 1;
-    }
-#pragma unroll
-    for (int i = 0; i < kLatentTiles; ++i) {
-      const Tile p = probabilities(i);
-#pragma unroll
-      for (int e = 0; e < 8; ++e) sum[e % 4 / 2] += p.c[e / 4][e % 4];
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      sum[r] = across_quad(sum[r], [](float x, float y) { return x + y; });
-      inverse_sum_[r] = sum[r] > 0 ? 1 / sum[r] : 0;
-    }
-  }
-
   // tril(dy v^T).
   __device__ __forceinline__ void find_scores() {
 #pragma unroll
@@ -161,7 +125,7 @@ class QueryGradientRows {
               dp, scores_[n],
               Product::right_rows(m_.weights(s_) + 16 * n * Shape::kWeightStride + 16 * i,
                                   Shape::kWeightStride));
-      z = find_normalisers(m_, s_, row_, i);
+      z = find_normalisers(m_, s_, m_.norm(), row_, i);
     } else {
       for_each_element(z, [&](int, int l, float& x) { x = m_.norm()[16 * i + l]; });
     }
@@ -197,10 +161,12 @@ class QueryGradientRows {
       const int64_t t = t_ + tile_row(2 * r);
       if (a_.d_log_sum.data && t < w_.tokens)
         along[r] -= global_load(a_.d_log_sum.template at<float>(w_.batch, w_.head, w_.first + t));
+      if (a_.along.data && t < w_.tokens && tile_column(0, 0) == 0)
+        global_store(a_.along_of(w_, t), along[r]);
     }
 #pragma unroll kUnrolled
     for (int i = 0; i < kLatentTiles; ++i) {
-      Tile p = probabilities(i);
+      Tile p = weights_.probabilities(i);
       const Tile dp = kept_tile(kept, i);
 #pragma unroll
       for (int e = 0; e < 8; ++e)
@@ -231,7 +197,7 @@ class QueryGradientRows {
   const Logits form_;
   const int row_;
   const int64_t t_;
-  float max_[2], inverse_sum_[2];
+  RowWeights<Shape> weights_;
   Left dy_[kReads ? 1 : kDimTiles], scores_[kRowTiles];
 };
 
@@ -315,7 +281,10 @@ class QueryGradientBlock {
   __device__ __forceinline__ void note_border(int64_t chunk) const {
     if (w_.slice == 0)
       for_own_latents<Shape>([&](int l) {
-        if (l < form_.latents) global_store(a_.border(w_, chunk, l), m_.maximum()[l]);
+        if (l >= form_.latents) return;
+        const int64_t at = a_.border(w_, chunk, l);
+        global_store(a_.borders + at, m_.maximum()[l]);
+        if (a_.norms) global_store(a_.norms + at, m_.norm()[l]);
       });
   }
   __device__ __forceinline__ void find_share() const {
@@ -360,13 +329,16 @@ class QueryGradientBlock {
     along = across_warp(along, [](float x, float y) { return x + y; });
     if (a_.d_log_sum.data)
       along -= global_load(a_.d_log_sum.template at<float>(w_.batch, w_.head, w_.first + t));
+    if (a_.along.data && threadIdx.x == 0) global_store(a_.along_of(w_, t), along);
     for_own_latents<Shape>([&](int l) {
       const float x = l < latents ? p(logit(l)) : 0, dp = m_.largest()[l], norm = m_.norm()[l];
       to_.dq.store(t, l, a_.whole ? form_.scale * x * (dp - along) : x * dp);
       const float r = Product::rounded(norm > 0 ? x / norm : 0);
       const float product = Product::rounded(r * dp);
-      if (w_.slice == 0) to_.r.store(t, l, r);
-      to_.product.store(t, l, product);
+      if (!a_.along.data) {
+        if (w_.slice == 0) to_.r.store(t, l, r);
+        to_.product.store(t, l, product);
+      }
       if constexpr (Shape::kHasSum) {
         m_.largest()[Shape::L + l] = r * m_.share()[l];
         d_norm_ -= product * m_.share()[l];

@@ -19,7 +19,7 @@ struct KernelShape {
   static constexpr bool kHasKeys = kContents & kKeys, kHasQueries = kContents & kQueries;
   static constexpr bool kHasOutputs = kContents & kOutputs, kHasFactors = kContents & kFactors;
   static constexpr bool kHasState = kContents & kState, kHasSum = kContents & kSum;
-  static constexpr bool kHasSlopes = kContents & kSlopes;
+  static constexpr bool kHasSlopes = kContents & kSlopes, kRecalls = kContents & kRecalled;
   static constexpr int kLStride = L + kPadding<E>, kDStride = D + kPadding<E>;
   static constexpr int kWeightStride = L + kPadding<Factor>, kStateStride = D + kPadding<Factor>;
   static constexpr SharedBytes kBytes = shared_bytes({sizeof(E), sizeof(Factor)}, L, D, kContents);
@@ -82,7 +82,7 @@ struct SharedMemory {
   __device__ __forceinline__ float* smallest() const { return maximum() + 8 * L; }
   // Per warp and channel.
   __device__ __forceinline__ float* row_sums() const { return maximum() + 12 * L; }
-  // How a chunk counts in a sum, per latent.
+  // How a chunk counts in a sum, or the norm before it, per latent.
   __device__ __forceinline__ float* share() const { return row_sums() + 4 * Shape::D; }
 };
 
@@ -222,15 +222,16 @@ __device__ __forceinline__ void find_weights(const SharedMemory<Shape>& m, const
   columns.reduce(sum, m.largest(), [](float x, float y) { return x + y; });
 }
 
-// The normalisers of a warp's 16 rows from row `row` on, of latents 16 i and on: the norm before
+// The normalisers of a warp's 16 rows from row `row` on, of latents 16 i and on: `norm` before
 // the chunk, sums of the weights of the warps before, and as a product with a triangle of ones the
 // own weights up to each row, which leaves them where rows need them.
 template <class Shape>
 __device__ __forceinline__ Tile find_normalisers(const SharedMemory<Shape>& m,
-                                                 const Stage<Shape>& s, int row, int i) {
+                                                 const Stage<Shape>& s, const float* norm, int row,
+                                                 int i) {
   using Product = typename Shape::Product;
   Tile z, triangle;
-  for_each_element(z, [&](int, int l, float& x) { x = m.norm()[16 * i + l]; });
+  for_each_element(z, [&](int, int l, float& x) { x = norm[16 * i + l]; });
 #pragma unroll 1
   for (int w = 0; w < row / 16; ++w)
     for_each_element(z, [&](int, int l, float& x) { x += m.largest()[w * Shape::L + 16 * i + l]; });

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The backward pass: states before the parts of every sequence, the walk of the queries, gradients
 // behind the parts, the walk of the keys, and sums of what slices and heads left.
+#include <cmath>
+
 #include "cuda/attention_call.h"
 #include "cuda/attention_rows.h"
 #include "cuda/gradient_fold.cuh"
@@ -45,6 +47,9 @@ class BackwardPlan {
     args_.parts = args_.walked = sizes_.parts;
     // Causal blocks that sum dS as well leave p dp: their registers hold no whole rows.
     args_.whole = sizes_.slices * sizes_.latent_slices == 1 && !(p.causal && sums_queries());
+    // With a scale near 0 dq says little of dp.
+    recalls_ = p.causal && args_.whole && recalls_factors(type_) && p.dq.dtype == type_ &&
+               std::abs(args_.scale) > 1e-12f;
   }
 
   void place(Workspace& workspace) {
@@ -65,7 +70,11 @@ class BackwardPlan {
     a.final = final_;
     walk_queries(a, stream);
     fold(stream);
-    launch(p_.causal ? GradientKernel::causal_keys : GradientKernel::bidirectional_keys, a, stream);
+    if (recalls_) a.dq = input_rows(p_.dq, type_);
+    launch(!p_.causal ? GradientKernel::bidirectional_keys
+           : recalls_ ? GradientKernel::recalling_keys
+                      : GradientKernel::causal_keys,
+           a, stream);
     finish(stream);
   }
 
@@ -93,12 +102,17 @@ class BackwardPlan {
     if (sizes_.latent_slices > 1)
       args_.softmax = take_softmax(workspace, p.batch, p.heads, p.tokens);
     if (!p_.causal) return;
-    args_.padded = static_cast<int>(round_up(p.latents, 8));
-    args_.r = take_factors(workspace, 1);
-    args_.product = take_factors(workspace, sizes_.slices);
     args_.border_chunks = ceil_div(p.tokens, kChunk);
     const int64_t chunks = p.batch * args_.border_chunks + p.sequences * sizes_.parts;
     args_.borders = workspace.take<float>(chunks * p.heads * p.latents);
+    if (recalls_) {
+      args_.norms = workspace.take<float>(chunks * p.heads * p.latents);
+      args_.along = {workspace.take<float>(rows()), {p.heads * p.tokens, p.tokens, 1}};
+      return;
+    }
+    args_.padded = static_cast<int>(round_up(p.latents, 8));
+    args_.r = take_factors(workspace, 1);
+    args_.product = take_factors(workspace, sizes_.slices);
   }
 
   GradientView take_gradients(Workspace& workspace, int64_t count) const {
@@ -195,6 +209,7 @@ class BackwardPlan {
   const DType type_;
   const GradientSizes sizes_;
   GradientArgs args_;
+  bool recalls_ = false;
   KeyStates states_;
   StateView final_;
   Partials dk_, dv_;

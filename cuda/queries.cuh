@@ -79,7 +79,7 @@ class QueryRows {
   // r of latents 16 i and on. Empty latents give 0.
   __device__ __forceinline__ Left factor(int i) {
     Tile x = logits(i), z;
-    if constexpr (Shape::kHasKeys) z = find_normalisers(m_, s_, row_, i);
+    if constexpr (Shape::kHasKeys) z = find_normalisers(m_, s_, m_.norm(), row_, i);
 #pragma unroll
     for (int e = 0; e < 8; ++e) {
       float& value = x.c[e / 4][e % 4];

@@ -71,7 +71,8 @@ void backward(const Shape& s) {
   const int64_t blocks = s.batch * s.heads * slices * latent_slices;
   const int64_t parts = causal_segments(blocks, s.tokens), rows = s.batch * s.heads * s.tokens;
   const ElementBytes e = element_bytes(kType);
-  int64_t row = backward_bytes(s.latents, s.dim, kType);
+  const bool recalls = recalls_factors(kType) && slices * latent_slices * parts == 1;
+  int64_t row = backward_bytes(s.latents, s.dim, kType, recalls);
   // A softmax of its own, r dp of every slice of D; partial dq, dk and dv in float32, out and in.
   if (latent_slices > 1) row += s.latents * e.input + 16;
   row += 2 * (slices - 1) * s.latents * e.factor;
@@ -89,8 +90,8 @@ void backward(const Shape& s) {
          blocks * parts, chunks_of(s, parts), query_gradient_products(l, d) + sums * 4 * l * d},
         moved, least);
   print(s, "backward",
-        {"key_gradient", kKeyGradientContents, tile, slice, blocks * parts, chunks_of(s, parts),
-         key_gradient_products(l, d)},
+        {"key_gradient", recalls ? kRecallingContents : kKeyGradientContents, tile, slice,
+         blocks * parts, chunks_of(s, parts), key_gradient_products(l, d, recalls)},
         moved, least);
 }
 

@@ -41,8 +41,9 @@ TEST(AttentionPlan, EveryShapeFitsOnEveryDevice) {
         const int slice = value_slice(tile, dtype);
         for (const int contents : {int{kKeys}, kForwardContents, kMeanContents})
           EXPECT_TRUE(fits(tile, slice, contents)) << limit << " " << latents << " " << contents;
-        for (const int contents : {query_gradient_contents(dtype), kQuerySumContents,
-                                   kMeanGradientContents, kKeyGradientContents, kMeanKeyContents})
+        for (const int contents :
+             {query_gradient_contents(dtype), kQuerySumContents, kMeanGradientContents,
+              kKeyGradientContents, kRecallingContents, kMeanKeyContents})
           EXPECT_TRUE(fits(own, kGradientChannels, contents))
               << limit << " " << latents << " " << contents;
         for (int64_t dim = 1; dim <= kMaxDim; ++dim) {

@@ -101,6 +101,21 @@ TEST(Gradient, LessSharedMemory) {
       }
 }
 
+// Factors that are found again in dq, which the scale multiplies: where it leaves nothing, the other
+// kernel is taken.
+TEST(Gradient, Scales) {
+  for (const DType dtype : kDeviceTypes)
+    for (const double scale : {0.5, -2.0, 1e-9, 1e-13, 0.0})
+      for (const Keys keys : {Keys::normal, Keys::jumps}) {
+        Case c;
+        c.tokens = 100, c.latents = 20, c.dim = 21, c.initial = true, c.scale = scale;
+        c.keys = keys;
+        c.set_type(dtype);
+        SCOPED_TRACE(scale);
+        Call(c).check_backward();
+      }
+}
+
 // Blocks and threads in other orders leave every bit as it is.
 TEST(Gradient, AnySchedule) {
   const emulation::Options before = emulation::options();
@@ -134,8 +149,8 @@ TEST(Gradient, WrongBordersStayInside) {
   EXPECT_TRUE(call.dq.intact() && call.dk.intact() && call.dv.intact() && call.d_initial.intact());
 }
 
-// docs/gpu.md has the budget: q, k, v, dy once for dq and the factors, then k, v, dy and the
-// factors for dk and dv.
+// docs/gpu.md has the budget: q, k, v, dy once for dq, then again with dq, or with factors of
+// float16, for dk and dv.
 TEST(Gradient, MovesTheBytesOfItsBudget) {
   for (const DType dtype : kDeviceTypes) {
     Case c;
@@ -145,20 +160,24 @@ TEST(Gradient, MovesTheBytesOfItsBudget) {
     emulation::reset_counters();
     call.backward();
     const emulation::Counters counters = emulation::counters();
-    const uint64_t rows = 2 * 200 * 64, size = element_size(dtype);
-    const uint64_t factor = dtype == DType::bfloat16 ? 2 : 4;
-    const uint64_t borders = 2 * 4 * 64 * sizeof(float);
-    EXPECT_EQ(counters.async_bytes, rows * (4 * size + 3 * size + 2 * factor));
-    EXPECT_EQ(counters.load_bytes, borders);
-    EXPECT_EQ(counters.store_bytes, rows * (3 * size + 2 * factor) + borders);
+    const uint64_t tokens = 2 * 200, rows = tokens * 64, size = element_size(dtype);
+    const bool recalls = latte::cuda::recalls_factors(dtype);
+    const uint64_t factors = recalls ? 0 : 2 * rows * sizeof(float);
+    const uint64_t along = recalls ? tokens * sizeof(float) : 0;
+    const uint64_t borders = (recalls ? 2 : 1) * 2 * 4 * 64 * sizeof(float);
+    EXPECT_EQ(counters.async_bytes, rows * (recalls ? 9 : 7) * size + factors);
+    // The four lanes of a row read the same number.
+    EXPECT_EQ(counters.load_bytes, borders + 4 * along);
+    EXPECT_EQ(counters.store_bytes, rows * 3 * size + factors + borders + along);
     EXPECT_EQ(counters.ldmatrix_conflicts, 0u);
-    EXPECT_EQ(counters.async_bytes + counters.store_bytes - borders,
-              2 * 200 * static_cast<uint64_t>(latte::cuda::backward_bytes(64, 64, dtype)));
+    EXPECT_EQ(counters.async_bytes + counters.store_bytes - borders + along,
+              tokens * static_cast<uint64_t>(latte::cuda::backward_bytes(64, 64, dtype, recalls)));
     // Two sequences of four chunks.
-    EXPECT_EQ(counters.mma, static_cast<uint64_t>(8 *
-                                                  (latte::cuda::query_gradient_products(4, 4) +
-                                                   latte::cuda::key_gradient_products(4, 4)) *
-                                                  latte::cuda::product_instructions(dtype)));
+    EXPECT_EQ(counters.mma,
+              static_cast<uint64_t>(8 *
+                                    (latte::cuda::query_gradient_products(4, 4) +
+                                     latte::cuda::key_gradient_products(4, 4, recalls)) *
+                                    latte::cuda::product_instructions(dtype)));
   }
 }
 
