@@ -89,9 +89,13 @@ test-cpp: $(VENV)/requirements $(GTEST_HEADER)
 SANITIZE_ADDRESS := -DLATTE_SANITIZE=address$(COMMA)undefined
 SANITIZE_THREAD := -DLATTE_SANITIZE=thread -DLATTE_OPENMP=OFF
 
+# The tests that call from several threads: on one thread TSan has nothing to find.
+THREADED := parallel float_mode
+
 test-cpp-sanitized: $(VENV)/requirements $(GTEST_HEADER)
 	$(call cpp-suite,build/cpp-asan,$(SANITIZE_ADDRESS) -DLATTE_TEST_CUDA=OFF)
-	$(call cpp-suite,build/cpp-tsan,$(SANITIZE_THREAD) -DLATTE_TEST_CUDA=OFF)
+	$(call cpp-suite,build/cpp-tsan,$(SANITIZE_THREAD) -DLATTE_TEST_CUDA=OFF,$(THREADED:%=test_%),\
+	  --tests-regex '$(subst $() ,|,$(THREADED:%=^%))')
 
 # The CUDA kernels on their emulation: too long for make test, most of it the compiler's time.
 test-cuda-sanitized: $(VENV)/requirements $(GTEST_HEADER)
