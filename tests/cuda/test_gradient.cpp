@@ -101,8 +101,8 @@ TEST(Gradient, LessSharedMemory) {
       }
 }
 
-// Factors that are found again in dq, which the scale multiplies: where it leaves nothing, the other
-// kernel is taken.
+// Factors that are found again in dq, which the scale multiplies: where it leaves nothing, the
+// other kernel is taken.
 TEST(Gradient, Scales) {
   for (const DType dtype : kDeviceTypes)
     for (const double scale : {0.5, -2.0, 1e-9, 1e-13, 0.0})
