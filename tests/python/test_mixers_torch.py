@@ -99,6 +99,7 @@ def test_opcheck_steps(dtype: torch.dtype) -> None:
         torch.library.opcheck(OPERATORS.short_conv_step.default, (x[:, 0], weight, b, state))
 
 
+@pytest.mark.supports("meta tensors")
 @OP
 @CASE
 def test_meta_tensors(op: str, case: str) -> None:
@@ -183,6 +184,7 @@ def test_export() -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.supports("activation checkpointing")
 @OP
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(op: str, use_reentrant: bool) -> None:
@@ -204,6 +206,7 @@ def test_checkpoint(op: str, use_reentrant: bool) -> None:
         assert torch.equal(got, want)
 
 
+@pytest.mark.supports("autocast (CPU)")
 @OP
 def test_autocast(op: str) -> None:
     """dtypes are kept: nothing is rounded that did not come in half precision."""

@@ -250,6 +250,7 @@ def test_export() -> None:
 # checkpoint, autocast ----------------------------------------------------------------------------
 
 
+@pytest.mark.supports("activation checkpointing", "latent_attention")
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(use_reentrant: bool) -> None:
     problem = make_problem(5, 6, 70, initial_state=True)
@@ -299,6 +300,7 @@ def test_autocast() -> None:
     assert linear.weight.grad.abs().sum() > 0
 
 
+@pytest.mark.supports("autocast (CPU)", "latent_attention")
 def test_autocast_of_float32_inputs() -> None:
     """Nothing is rounded to half precision that did not come in half precision."""
     problem = make_problem(5, 6, 40)

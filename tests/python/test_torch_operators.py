@@ -55,6 +55,10 @@ OPERATORS: dict[str, tuple[Callable[..., Tensor], Callable[[int, int], Sizes]]] 
     ),
 }  # fmt: skip
 OP = pytest.mark.parametrize("op", OPERATORS)
+# Of the others test_torch_integration.py and test_mixers_torch.py test the same with more cases.
+ALONE_HERE = pytest.mark.parametrize(
+    "op", [op for op in OPERATORS if op.startswith(("sliding_window", "macchiato", "rotate"))]
+)
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +84,7 @@ def assert_same(got: list[Tensor], want: list[Tensor]) -> None:
 
 
 @pytest.mark.supports("meta tensors")
-@OP
+@ALONE_HERE
 def test_meta_tensors(op: str) -> None:
     function, inputs = OPERATORS[op][0], inputs_of(op)
     for got, want in zip(
@@ -136,7 +140,7 @@ def test_export(op: str) -> None:
 
 
 @pytest.mark.supports("autocast (CPU)")
-@OP
+@ALONE_HERE
 def test_autocast(op: str) -> None:
     """Nothing is rounded that did not come in half precision."""
     function, inputs = OPERATORS[op][0], inputs_of(op)
@@ -149,7 +153,7 @@ def test_autocast(op: str) -> None:
 
 
 @pytest.mark.supports("activation checkpointing")
-@OP
+@ALONE_HERE
 def test_checkpoint(op: str) -> None:
     function, inputs = OPERATORS[op][0], inputs_of(op)
 
