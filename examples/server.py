@@ -159,7 +159,8 @@ class Engine:
             while True:
                 await self._wake.wait()
                 self._wake.clear()
-                while self.arrivals or self.tickets:
+                # Busy without tickets: a client left after the step that would have seen it.
+                while self.arrivals or self.tickets or self.scheduler.busy:
                     for ticket in self.arrivals:
                         self.scheduler.submit(ticket.job)
                     self.tickets += self.arrivals

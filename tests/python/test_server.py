@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """examples/server.py under load: the tokens of one request at a time, bounds, and what expires."""
 
+import asyncio
 import json
 import socket
 import threading
@@ -168,6 +169,29 @@ def test_a_session_serves_one_request_and_survives_its_end() -> None:
         # As it was before the request that was broken off.
         again = ask(client, "b", session=name, max_new_tokens=4)[1]
         assert again == expected(build_model(), b"a" + bytes(tokens) + b"b", 4, 0.0, 0)
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_leaving_just_after_a_step_frees_the_place(max_batch: int) -> None:
+    engine = server.Engine(build_model(), server.Limits(max_batch=max_batch))
+    jobs = [server.Job(torch.tensor([1]), ENDLESS) for _ in range(2)]
+    step = engine.scheduler.step
+
+    def leave_after_it() -> None:
+        step()
+        for job in jobs:
+            job.cancelled = True
+
+    async def serve() -> None:
+        task = asyncio.create_task(engine.run())
+        tickets = [engine.submit(job) for job in jobs]
+        while engine.running or engine.waiting or not all(t.finished for t in tickets):
+            await asyncio.sleep(0.001)
+        task.cancel()
+
+    engine.scheduler.step = leave_after_it
+    asyncio.run(asyncio.wait_for(serve(), 60))
+    assert engine.tokens == max_batch
 
 
 def test_clients_that_do_not_read_hold_up_nobody() -> None:
