@@ -21,6 +21,7 @@ using reference::kInfinity;
 enum class Keys {
   normal,
   rising,    // the maximum moves at every token
+  climbing,  // by up to 90 at tokens of its own per latent
   falling,   // only the first token keeps its weight for long
   jumps,     // by 1e4, up and down
   infinite,  // -inf: single keys, leading tokens, whole latents, whole query rows
@@ -296,6 +297,10 @@ class Call {
           const int64_t i = (r * c.tokens + t) * c.latents + l;
           const double at = static_cast<double>(t);
           if (c.keys == Keys::rising) k.set(i, k.get(i) + (l % 2 ? 3 : 20) * at);
+          if (c.keys == Keys::climbing) {
+            if (uniform() < 0.1) level += 90 * uniform();
+            k.set(i, k.get(i) + level);
+          }
           if (c.keys == Keys::falling) k.set(i, k.get(i) - (l % 2 ? 3 : 20) * at);
           if (c.keys == Keys::jumps) {
             if (uniform() < 0.1)
@@ -471,7 +476,8 @@ inline std::vector<Case> layout_cases() {
 
 inline std::vector<Case> event_cases() {
   std::vector<Case> cases;
-  for (const Keys keys : {Keys::rising, Keys::falling, Keys::jumps, Keys::infinite, Keys::huge})
+  for (const Keys keys :
+       {Keys::rising, Keys::climbing, Keys::falling, Keys::jumps, Keys::infinite, Keys::huge})
     for (const DType dtype : kTypes)
       for (const bool causal : {true, false})
         for (const int64_t latents : {3, 16, 33}) {

@@ -116,7 +116,7 @@ TEST(FloatMode, StaysInThreadsOfTheCaller) {
 #if defined(_OPENMP)
 // The library shares the runtime's worker threads with this program.
 TEST(FloatMode, StaysInTheWorkerThreads) {
-  constexpr int kThreads = 4;
+  static constexpr int kThreads = 4;
   const auto modes = [] {
     std::vector<uint64_t> all(kThreads);
 #pragma omp parallel num_threads(kThreads)

@@ -48,7 +48,7 @@ TEST(Threads, PackedCountDoesNotChangeABit) {
 // Sequences long enough to be cut, against the token by token reference.
 TEST(Threads, ACutSequenceIsTheWhole) {
   for (const bool causal : {true, false})
-    for (const Keys keys : {Keys::normal, Keys::rising})
+    for (const Keys keys : {Keys::normal, Keys::rising, Keys::climbing})
       for (const int threads : {2, 5}) {
         Case c;
         c.heads = 2, c.kv_heads = 1, c.tokens = 2500, c.latents = 5, c.dim = 9;

@@ -62,6 +62,12 @@ def jumps_per_latent() -> Problem:
     return with_keys(lambda k: k + height * (torch.arange(TOKENS)[:, None] >= start))
 
 
+def climbs_per_latent() -> Problem:
+    """Each latent climbs by up to 90 at some tokens: runs of any length (prepare.h)."""
+    steps = 90 * torch.rand(TOKENS, LATENTS) * (torch.rand(TOKENS, LATENTS) < 0.003)
+    return with_keys(lambda k: k + steps.cumsum(0))
+
+
 def hidden(keep: Tensor) -> Problem:
     return with_keys(lambda k: k.masked_fill(~keep[..., None], -torch.inf))
 
@@ -121,7 +127,10 @@ TABLE: dict[str, Callable[[], Problem]] = {
     "random_mask": lambda: hidden(random_mask(1, TOKENS, keep=0.5)[0]),
     "one_token_left": lambda: hidden(torch.arange(TOKENS) == 431),
     "rising_1": lambda: drift(1),
+    "rising_20": lambda: drift(20),
     "rising_50": lambda: drift(50),
+    "rising_1000": lambda: drift(1000),
+    "climbs_per_latent": climbs_per_latent,
     "falling_1": lambda: drift(-1),
     "falling_50": lambda: drift(-50),
     "ramp": lambda: drift(0.05),

@@ -16,6 +16,7 @@ template <class T>
 struct BidirectionalScratch {
   T *q, *k, *p, *dq, *dk;  // rows of L
   T *alpha, *u;            // blocked over L
+  T* limit;                // a row of L
   T* v;                    // rows of D, of dy as well
   T* y;                    // blocked over D
   T *r, *z, *top, *h0 = nullptr;
@@ -26,6 +27,7 @@ struct BidirectionalScratch {
     const int64_t square = Tiles<T>::size(task.latents, task.dim);
     for (T** p_row : {&q, &k, &p}) *p_row = arena.take<T>(row);
     alpha = arena.take<T>(blocked_size<T>(width));
+    limit = arena.take<T>(width);
     v = arena.take<T>(kChunk * padded_stride<T>(round_up<T>(task.dim)));
     y = arena.take<T>(blocked_size<T>(task.dim));
     for (T** per_latent : {&r, &z, &top}) *per_latent = arena.take<T>(width);
@@ -167,6 +169,9 @@ class Bidirectional {
       prepared.e = s_.p;
       prepared.row_stride = stride_;
       prepared.alpha = s_.alpha;
+      prepared.limit = s_.limit;
+      Runs runs;
+      prepared.runs = &runs;
       const Keys keys =
           prepare<T, Operands::keys_only>(n, width_, ks.data, ks.stride, norm_, prepared);
       if (keys == Keys::raised) mean_.scale_rows(s_.alpha);
@@ -174,6 +179,7 @@ class Bidirectional {
       scan.x = row_blocks_of<const T>(s_.p, stride_);
       scan.y = column_operand(v_, first, n, task_.end - first - n, s_.v, value_stride_);
       scan.alpha = s_.alpha;
+      scan.runs = &runs;
       PrefetchList next(tile_count(mean_));
       if (first + n < task_.end) next.add(first + n, k_, v_);
       scan.prefetch = &next;

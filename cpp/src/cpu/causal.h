@@ -19,7 +19,7 @@ namespace latte::LATTE_ISA {
 // they share.
 template <class T>
 struct CausalForwardScratch {
-  T *q, *k, *p, *inverse_sums, *ew, *alpha, *v, *y, *own;
+  T *q, *k, *p, *inverse_sums, *ew, *alpha, *limit, *v, *y, *own;
   struct Head {
     T *r, *z, *top, *state;
   } heads[cpu::kHeadsTogether];
@@ -32,6 +32,7 @@ struct CausalForwardScratch {
     inverse_sums = arena.take<T>(kChunk);
     ew = arena.take<T>(paired_size<T>(width));
     alpha = arena.take<T>(blocked_size<T>(width));
+    limit = arena.take<T>(width);
     v = arena.take<T>(kChunk * padded_stride<T>(round_up<T>(task.dim)));
     y = arena.take<T>(blocked_size<T>(task.dim));
     own = arena.take<T>(Tiles<T>::size(task.latents, task.dim));
@@ -69,6 +70,9 @@ class CausalForward {
     prepared.inverse_sums = s_.inverse_sums;
     prepared.row_stride = stride_;
     prepared.alpha = s_.alpha;
+    prepared.limit = s_.limit;
+    Runs runs;
+    prepared.runs = &runs;
     const Keys keys = prepare<T, Operands::forward>(n, width_, ks.data, ks.stride, norm_, prepared);
     if (keys == Keys::raised) state_.scale_rows(s_.alpha);
     PrefetchList list(tile_count(state_));
@@ -77,6 +81,7 @@ class CausalForward {
     scan.g = second_of_pair(s_.ew);
     scan.y = column_operand(v_, first, n, end_ - first - n, s_.v, v_stride_);
     scan.alpha = s_.alpha;
+    scan.runs = &runs;
     write_in_place(scan, y_, first);
     const int64_t next = first + kChunk;
     list.add_next(heads, h, count, first, next, next >= end_, &Head::k_, &Head::q_, &Head::v_,
@@ -148,7 +153,7 @@ struct CausalShared {
 template <class T>
 struct CausalBackwardScratch {
   T *q, *k, *p, *w, *inverse_z, *dq, *dk;  // rows of L
-  T* inverse_sums;                         // of the rows p
+  T *inverse_sums, *limit;                 // of the rows p; a row of L
   T *ew, *alpha, *weights, *u;             // e|w paired; blocked over L
   T *v, *dy;                               // rows of D
   T* dv;                                   // blocked over D
@@ -161,6 +166,7 @@ struct CausalBackwardScratch {
     const int64_t width = round_up<T>(task.latents), row = kChunk * padded_stride<T>(width);
     for (T** p_row : {&q, &k, &p, &w, &inverse_z, &dq, &dk}) *p_row = arena.take<T>(row);
     inverse_sums = arena.take<T>(kChunk);
+    limit = arena.take<T>(width);
     ew = arena.take<T>(paired_size<T>(width));
     for (T** block : {&alpha, &weights, &u}) *block = arena.take<T>(blocked_size<T>(width));
     const int64_t value = kChunk * padded_stride<T>(round_up<T>(task.dim));
@@ -218,6 +224,7 @@ class CausalBackward {
       rows.x = second_of_pair(s_.ew);
       rows.y = column_operand(dy_, first, n, end_ - first - n, s_.dy, value_stride_);
       rows.alpha = s_.alpha;
+      rows.runs = &runs_;
       PrefetchList next(tile_count(r_state_));
       if (first > begin_) next.add(first - kChunk, k_, q_, dy_);
       rows.prefetch = &next;
@@ -267,7 +274,7 @@ class CausalBackward {
   // r and z before a chunk.
   T* border(int64_t first) const { return borders_ + first / kChunk * 2 * width_; }
 
-  Prepared<T> prepared() const {
+  Prepared<T> prepared() {
     Prepared<T> out;
     out.ew = s_.ew;
     out.blocked = s_.weights;
@@ -277,6 +284,8 @@ class CausalBackward {
     out.inverse_sums = s_.inverse_sums;
     out.row_stride = stride_;
     out.alpha = s_.alpha;
+    out.limit = s_.limit;
+    out.runs = &runs_;
     return out;
   }
 
@@ -300,6 +309,7 @@ class CausalBackward {
     scan.g = row_operand(dy_, first, n, s_.dy, value_stride_);
     scan.y = columns<const T>(s_.weights);
     scan.alpha = s_.alpha;
+    scan.runs = &runs_;
     const int64_t next = first + kChunk;
     list.add_next(heads, h, count, first, next, next >= end_, &Head::k_, &Head::q_, &Head::v_,
                   &Head::dy_, &Head::dk_, &Head::dq_);
@@ -437,6 +447,7 @@ class CausalBackward {
     transposed.y = columns<const T>(s_.weights);
     scan.reverse = transposed.reverse = true;
     scan.alpha = transposed.alpha = s_.alpha;
+    scan.runs = transposed.runs = &runs_;
     const int64_t next = first - kChunk;
     list.add_next(heads, h, count, first, next, next < begin_, &Head::k_, &Head::q_, &Head::v_,
                   &Head::dy_, &Head::dk_, &Head::dv_);
@@ -459,9 +470,9 @@ class CausalBackward {
   void carry_queries(int64_t first, int64_t n) {
     for (int64_t l = 0; l < width_; l += kLanes<T>) {
       Vec<T> c = load(h_.c + l);
-      for (int64_t t = n - 1; t >= 0; --t) {
+      for (int64_t t = n - 1, run = runs_.count - 1; t >= 0; --t) {
         c -= load(wu_ + (first + t) * wu_stride_ + l);
-        if constexpr (kRise) c *= load(blocked(s_.alpha, t, l));
+        if (kRise && t == runs_.first[run]) c *= load(blocked(s_.alpha, run--, l));
       }
       store(h_.c + l, c);
     }
@@ -474,11 +485,11 @@ class CausalBackward {
     const T scale = T(task_.scale);
     for (int64_t l = 0; l < width_; l += kLanes<T>) {
       Vec<T> c = load(h_.c + l);
-      for (int64_t t = n - 1; t >= 0; --t) {
+      for (int64_t t = n - 1, run = runs_.count - 1; t >= 0; --t) {
         c -= load(wu_ + (first + t) * wu_stride_ + l);
         const Vec<T> vr = load(blocked(s_.u, t, l));
         store(dk.data + t * dk.stride + l, load_x(s_.ew, t, l) * (vr + c) * scale);
-        if constexpr (kRise) c *= load(blocked(s_.alpha, t, l));
+        if (kRise && t == runs_.first[run]) c *= load(blocked(s_.alpha, run--, l));
       }
       store(h_.c + l, c);
     }
@@ -526,6 +537,7 @@ class CausalBackward {
   const Tiles<T> r_transposed_{h_.r_transposed, task_.dim, task_.latents};
   T *borders_, *wu_;
   int64_t wu_stride_;
+  Runs runs_;  // of the current chunk
 };
 
 template <class T>

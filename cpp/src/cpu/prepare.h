@@ -7,9 +7,10 @@
 // exceeds r + 16. So r was some earlier key, z >= 1 and e <= e^16 hold always, nothing is divided
 // by a small number, and no chunk can underflow. A chunk whose largest key exceeds r + 16, but not
 // r + 60, is raised as a whole, to the largest keys, before its first token: z is at least exp(-60)
-// in it. A chunk that climbs higher follows the running maximum, for every latent and token, and
-// the scan decays the state by alpha_t = exp(r_(t-1) - r_t) as it goes: at most 1.46 times the time
-// of an ordinary chunk, where a list of raises cost 4 times for keys that rise at every token.
+// in it. A chunk that climbs higher is cut into runs of tokens of which the same holds, and the
+// scan decays the state by alpha = exp(r before the run - r) as it comes to each: a fourth of the
+// scan's operations for every raise, where keys that rise by 50 per token need one every other
+// token.
 #pragma once
 
 #include <cfloat>
@@ -59,7 +60,9 @@ struct Prepared {
   T *w = nullptr, *inverse_z = nullptr, *e = nullptr;
   int64_t row_stride = 0;           // of p, w, inverse_z and e
   const T* inverse_sums = nullptr;  // of the rows p, which are not normalised
-  T* alpha = nullptr;               // blocked; row 0 alone for a raised chunk
+  T* alpha = nullptr;               // blocked, a row per run; row 0 alone for a raised chunk
+  T* limit = nullptr;               // scratch, a row
+  Runs* runs = nullptr;             // of a rising chunk
 };
 
 // exp(q - max q) of one row, given as vectors q(l), into p, and 1 / its sum: 0 for a row without a
@@ -128,7 +131,7 @@ inline void softmax_rows(int64_t n, int64_t width, const Q& q, T* p, int64_t p_s
 enum class Keys {
   ordinary,
   raised,  // the state before the chunk must be scaled by row 0 of out.alpha
-  rising,  // out.alpha holds a decay per token
+  rising,  // out.alpha holds a decay per run
   tied,    // some latent's keys repeat
 };
 
@@ -196,11 +199,36 @@ inline void raise_reference(int64_t width, const Normaliser<T>& norm, T* alpha) 
   }
 }
 
+// Cuts a chunk into runs, each as long as no key of it is above what its first token leaves the
+// reference at by more than kHighestRaise. Row i of alpha gets the reference of run i.
+template <class T>
+inline void find_runs(int64_t n, int64_t width, const T* k, int64_t k_stride,
+                      const Normaliser<T>& norm, const Prepared<T>& out) {
+  Runs& runs = *out.runs;
+  runs.count = 0;
+  for (int64_t t = 0; t < n; ++t, k += k_stride) {
+    Vec<T> excess = {};
+    for (int64_t l = 0; l < width && t > 0; l += kLanes<T>)
+      excess = max(load(k + l) - load(out.limit + l), excess);
+    const bool rises = t == 0 || any_greater(excess, Vec<T>{});
+    if (rises) runs.first[runs.count++] = t;
+    for (int64_t l = 0; l < width; l += kLanes<T>) {
+      const T* const before =
+          t == 0 ? norm.r + l : blocked(out.alpha, runs.count - (rises ? 2 : 1), l);
+      // A NaN key is passed over, as above.
+      const Vec<T> reference = max(load(k + l), load(before));
+      store(blocked(out.alpha, runs.count - 1, l), reference);
+      if (rises) store(out.limit + l, reference + kHighestRaise<T>);
+    }
+  }
+  runs.first[runs.count] = n;
+}
+
 // How a chunk's keys become weights.
 enum class Pace {
   ordinary,  // no latent is empty, no key is below r - 1e26: to be checked
   careful,   // any keys; a sum of the chunk's own if asked for
-  rising,    // with a decay per token
+  rising,    // with a decay per run
 };
 
 // Two short passes over U vectors of latents instead of one chain exp -> z -> 1/z -> w per vector,
@@ -218,16 +246,21 @@ inline bool prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
 #pragma GCC unroll 2
     for (int u = 0; u < U; ++u) r[u] = load(norm.r + l + u * lanes);
     const T* row = k + l;
-    for (int64_t t = 0; t < n; ++t, row += k_stride) {
+    for (int64_t t = 0, run = 0; t < n; ++t, row += k_stride) {
+      if (rising && t == out.runs->first[run]) {
 #pragma GCC unroll 2
-      for (int u = 0; u < U; ++u) {
-        const Vec<T> key = load(row + u * lanes);
-        if constexpr (rising) {
-          const Vec<T> raised = max(r[u], key);
-          store(blocked(out.alpha, t, l + u * lanes), exp(r[u] - raised));
+        for (int u = 0; u < U; ++u) {
+          T* const alpha = blocked(out.alpha, run, l + u * lanes);
+          const Vec<T> raised = load(alpha);
+          store(alpha, exp(r[u] - raised));
           r[u] = raised;
         }
-        store(e + (t * U + u) * lanes, ordinary ? exp_unbounded(key - r[u]) : exp(key - r[u]));
+        ++run;
+      }
+#pragma GCC unroll 2
+      for (int u = 0; u < U; ++u) {
+        const Vec<T> exponent = load(row + u * lanes) - r[u];
+        store(e + (t * U + u) * lanes, ordinary ? exp_unbounded(exponent) : exp(exponent));
       }
     }
     if constexpr (rising) {
@@ -244,12 +277,16 @@ inline bool prepare_latents(int64_t n, int64_t l, const T* k, int64_t k_stride, 
     sum[u] = own_sum ? Vec<T>{} : z;
     if (ordinary && any_greater(splat(kEmptyNorm<T>), z + load(e + u * lanes))) return false;
   }
-  for (int64_t t = 0; t < n; ++t) {
+  for (int64_t t = 0, run = 0; t < n; ++t) {
+    if (rising && t == out.runs->first[run]) {
+#pragma GCC unroll 2
+      for (int u = 0; u < U; ++u) sum[u] *= load(blocked(out.alpha, run, l + u * lanes));
+      ++run;
+    }
 #pragma GCC unroll 2
     for (int u = 0; u < U; ++u) {
       const int64_t c = l + u * lanes;
       const Vec<T> weight = load(e + (t * U + u) * lanes);
-      if constexpr (rising) sum[u] *= load(blocked(out.alpha, t, c));
       sum[u] += weight;
       if constexpr (kOperands == Operands::keys_only) {
         store(out.e + t * out.row_stride + c, weight);
@@ -297,6 +334,7 @@ inline Keys prepare(int64_t n, int64_t width, const T* k, int64_t k_stride,
   const Keys keys = classify_keys(n, width, k, k_stride, norm, out.alpha);
   if (keys == Keys::raised) raise_reference(width, norm, out.alpha);
   if (keys == Keys::rising) {
+    find_runs(n, width, k, k_stride, norm, out);
     prepare_all<T, kOperands, Pace::rising>(n, width, k, k_stride, norm, out, false);
   } else if (kOperands == Operands::keys_only || keys == Keys::tied) {
     prepare_all<T, kOperands, Pace::careful>(n, width, k, k_stride, norm, out, true);

@@ -141,9 +141,15 @@ struct Tiles {
 
 enum class Part : int { both, update_only, output_only };
 
-// How S decays between tokens, in chunks where the reference rises (prepare.h): by alpha along the
-// rows or along the columns, before the update going forward, after the output going backward.
+// How S decays between runs of tokens, in chunks where the reference rises (prepare.h): by alpha
+// along the rows or along the columns, before a run going forward, after it going backward.
 enum class Decay : int { none, rows_before, columns_before, rows_after, columns_after };
+
+// Tokens of a chunk, in runs that share a reference: run i begins at token first[i].
+struct Runs {
+  int64_t count = 0;
+  int64_t first[kChunk + 1];
+};
 
 // The next chunk's cache lines, spread evenly over the tiles of this chunk. A core has 16 to 24
 // line buffers for first-level misses, and a prefetch holds one until memory answers: issued in a
@@ -255,25 +261,35 @@ struct ScanOperands {
   Stream<T> o;
   Stream<T> final_o;         // if set, O's final sums go here
   bool accumulate = false;   // O holds a first term
-  const T* alpha = nullptr;  // blocked, of the decayed side
+  const T* alpha = nullptr;  // blocked, of the decayed side, a row per run
+  const Runs* runs = nullptr;
   PrefetchList* prefetch = nullptr;
 };
 
 template <class T>
 struct TileStreams {
-  int64_t tokens;
+  int64_t tokens, run;
+  const Runs* runs;
   const T *x, *g, *y, *alpha, *o_in;
   T *o_out, *state;
-  int64_t step_x, step_g, step_y, step_alpha, step_o_in, step_o_out;
+  int64_t step_x, step_g, step_y, step_o_in, step_o_out;
   PrefetchList::Walk prefetch;
 };
+
+template <class T, int kVectors, bool kByRow>
+LATTE_INLINE void decay_tile(Vec<T> (&s)[kRows<T>][kVectors], const T* alpha) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows<T>; ++i)
+#pragma GCC unroll 2
+    for (int j = 0; j < kVectors; ++j)
+      s[i][j] *= kByRow ? splat(alpha[i]) : load(alpha + j * kLanes<T>);
+}
 
 template <class T, int kVectors, Part kPart, bool kFirst, Decay kDecay>
 inline void scan_tile(TileStreams<T> p) {
   constexpr int R = kRows<T>;
   constexpr int64_t lanes = kLanes<T>;
   constexpr bool by_row = kDecay == Decay::rows_before || kDecay == Decay::rows_after;
-  constexpr bool by_column = kDecay == Decay::columns_before || kDecay == Decay::columns_after;
   constexpr bool before = kDecay == Decay::rows_before || kDecay == Decay::columns_before;
   constexpr bool after = kDecay == Decay::rows_after || kDecay == Decay::columns_after;
   // Without an output the chunk can have a sum of its own for free, added to the state at the end:
@@ -291,10 +307,15 @@ inline void scan_tile(TileStreams<T> p) {
     for (int i = 0; i < PrefetchList::kLines; ++i)
       prefetch<2>(p.prefetch.line + i * PrefetchList::kLineBytes);
     p.prefetch.line += p.prefetch.step;
-    Vec<T> y[kVectors], o[kVectors], decay[kVectors];
+    if constexpr (before)
+      if (t == p.runs->first[p.run]) {
+        decay_tile<T, kVectors, by_row>(s, p.alpha);
+        p.alpha += kColumns<T>;
+        ++p.run;
+      }
+    Vec<T> y[kVectors], o[kVectors];
 #pragma GCC unroll 2
     for (int j = 0; j < kVectors; ++j) {
-      if constexpr (by_column) decay[j] = load(p.alpha + j * lanes);
       if constexpr (kPart != Part::output_only) y[j] = load(p.y + j * lanes);
       if constexpr (kPart != Part::update_only) {
         if constexpr (kFirst) {
@@ -309,21 +330,12 @@ inline void scan_tile(TileStreams<T> p) {
       if constexpr (kPart != Part::output_only) {
         const Vec<T> x = splat(p.x[i]);
 #pragma GCC unroll 2
-        for (int j = 0; j < kVectors; ++j) {
-          if constexpr (before && by_row) s[i][j] *= splat(p.alpha[i]);
-          if constexpr (before && by_column) s[i][j] *= decay[j];
-          s[i][j] += x * y[j];
-        }
+        for (int j = 0; j < kVectors; ++j) s[i][j] += x * y[j];
       }
       if constexpr (kPart != Part::update_only) {
         const Vec<T> g = splat(p.g[i]);
 #pragma GCC unroll 2
         for (int j = 0; j < kVectors; ++j) o[j] += g * s[i][j];
-      }
-#pragma GCC unroll 2
-      for (int j = 0; j < kVectors; ++j) {
-        if constexpr (after && by_row) s[i][j] *= splat(p.alpha[i]);
-        if constexpr (after && by_column) s[i][j] *= decay[j];
       }
     }
     if constexpr (kPart != Part::update_only) {
@@ -337,7 +349,12 @@ inline void scan_tile(TileStreams<T> p) {
       p.x += p.step_x;
       p.y += p.step_y;
     }
-    if constexpr (kDecay != Decay::none) p.alpha += p.step_alpha;
+    if constexpr (after)
+      if (p.tokens - 1 - t == p.runs->first[p.run]) {
+        decay_tile<T, kVectors, by_row>(s, p.alpha);
+        p.alpha -= kColumns<T>;
+        --p.run;
+      }
   }
 
   if constexpr (kPart != Part::output_only) {
@@ -368,13 +385,16 @@ inline void scan_tiles(const ScanOperands<T>& operands) {
       p.y = s.y.at(cb, start);
       p.o_in = p.o_out = s.o.at(cb, start);
       p.alpha = nullptr;
-      if constexpr (kDecay != Decay::none)
-        p.alpha = blocked(s.alpha, start, by_row ? rb * kRows<T> : cb * kColumns<T>);
+      p.runs = s.runs;
+      p.run = 0;
+      if constexpr (kDecay != Decay::none) {
+        p.run = s.reverse ? s.runs->count - 1 : 0;
+        p.alpha = blocked(s.alpha, p.run, by_row ? rb * kRows<T> : cb * kColumns<T>);
+      }
       p.step_x = sign * s.x.token;
       p.step_g = sign * s.g.token;
       p.step_y = sign * s.y.token;
       p.step_o_in = p.step_o_out = sign * s.o.token;
-      p.step_alpha = sign * kColumns<T>;
       if (s.final_o.data && rb == row_count - 1) {
         p.o_out = s.final_o.at(cb, start);
         p.step_o_out = sign * s.final_o.token;
