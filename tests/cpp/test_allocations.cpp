@@ -35,7 +35,8 @@ int64_t count(F f) {
 }
 
 TEST(Allocations, AreCounted) {
-  EXPECT_GT(count([] { const std::vector<int> numbers(100); }), 0);
+  // Called as functions: a new expression may be optimised away.
+  EXPECT_EQ(count([] { ::operator delete(::operator new(100)); }), 1);
 }
 
 TEST(Allocations, NoneInAnyCall) {
