@@ -406,9 +406,11 @@ LATTE_INLINE VecF exp(VecF x) {
   const VecI eighths = {0, 1, 2, 3, 4, 5, 6, 7};
   const VecI roots = (VecI)_mm256_load_ps(kExp2Table) - (eighths << 20);
   const VecI root = (VecI)_mm256_permutevar8x32_epi32((__m256i)roots, (__m256i)shifted);
-  const VecF power = (VecF)(root + ((VecI)shifted << 20));
+  // An intrinsic: a NaN's sum may wrap.
+  const __m256 power = (__m256)_mm256_add_epi32((__m256i)root, (__m256i)((VecI)shifted << 20));
   const VecF q = (1.666685790e-01f * r + 5.000645518e-01f) * (r * r) + r;
-  const VecF y = power * q + power;
+  // Fused in every build: close to -87 the product alone is subnormal, and flushed.
+  const VecF y = (VecF)_mm256_fmadd_ps(power, (__m256)q, power);
   return (VecF)((VecI)y & ~(VecI)(x < -87.0f));
 }
 #else
