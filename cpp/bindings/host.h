@@ -41,10 +41,16 @@ class Host {
   Host(const py::handle& threads, bool recording, bool extras)
       : where_(threads), direct_(true), recording_(recording), extras_(extras) {}
 
-  latte::Tensor view(const py::object& x) const {
-    if (!direct_) return tensor_from_torch(x);
+  latte::Tensor view(const py::object& x) {
     latte::Tensor t;
-    if (!x.is_none() && !read_plain(x, t)) throw NotPlain();
+    if (!direct_) {
+      t = tensor_from_torch(x);
+    } else if (!x.is_none() && !read_plain(x, t)) {
+      throw NotPlain();
+    }
+    int64_t elements = t.rank > 0;
+    for (int64_t i = 0; i < t.rank && i < 4; ++i) elements *= t.shape[i];
+    elements_ += elements;
     return t;
   }
 
@@ -81,7 +87,7 @@ class Host {
 
   template <class OnCpu, class OnCuda, class Params>
   void call(OnCpu on_cpu, OnCuda on_cuda, const Params& params) const {
-    python::call(on_cpu, on_cuda, params, where_);
+    python::call(on_cpu, on_cuda, params, where_, elements_);
   }
 
  private:
@@ -136,6 +142,7 @@ class Host {
   py::handle where_;
   PyObject* out_ = nullptr;
   Py_ssize_t next_ = 0;
+  int64_t elements_ = 0;  // of the tensors viewed so far
   bool direct_ = false, recording_ = false, extras_ = true;
 };
 

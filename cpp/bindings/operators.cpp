@@ -72,10 +72,16 @@ bool dispatcher_is_idle() {
 }
 
 // Autograd then refuses a backward pass that saved one of the tensors before this update.
+// Inference tensors count no updates and are passed over. torch's public function first asks what
+// it is given, in 0.2 us.
 void mark_updated(const py::list& tensors) {
-  static const auto* const function =
-      new py::object(attribute("torch.autograd.graph", "increment_version"));
-  if (!tensors.empty()) (*function)(tensors);
+  static const auto* const function = [] {
+    const py::object inner = attribute("torch._C", "_increment_version");
+    return new py::object(inner.is_none() ? attribute("torch.autograd.graph", "increment_version")
+                                          : inner);
+  }();
+  if (!py::reinterpret_steal<py::object>(PyObject_CallOneArg(function->ptr(), tensors.ptr())))
+    throw py::error_already_set();
 }
 
 // The argument of an operator; NotPlain if its schema would not take it.
@@ -198,16 +204,12 @@ struct Entry<Operator, Result (*)(Host&, Args...)> {
   }
 
   static void mark_updated(PyObject* const* args) {
-    static PyObject* const is_inference = interned("is_inference");
     static const std::vector<int> written = operators::written<Operator>();
     if (written.empty()) return;
-    py::list tracked;
-    for (const int i : written) {
-      const auto x = py::reinterpret_borrow<py::object>(args[i]);
-      if (!x.is_none() && call_method(is_inference, nullptr, x).is(py::handle(Py_False)))
-        tracked.append(x);
-    }
-    python::mark_updated(tracked);
+    py::list tensors;
+    for (const int i : written)
+      if (args[i] != Py_None) tensors.append(py::handle(args[i]));
+    python::mark_updated(tensors);
   }
 };
 
