@@ -5,10 +5,7 @@
 #include "cpu/bidirectional.h"
 #include "cpu/causal.h"
 #include "cpu/peak.h"
-#include "cpu/recurrence.h"
-#include "cpu/rotate.h"
-#include "cpu/short_conv.h"
-#include "cpu/step.h"
+#include "cpu/stream_kernels.h"
 #include "cpu/window_kernels.h"
 
 namespace latte::LATTE_ISA {
@@ -43,8 +40,7 @@ int64_t workspace(Kernel kernel, const HeadTask& task) {
     case Kernel::merge_carries:
       break;
     case Kernel::step:
-      StepScratch<T>(arena, task);
-      break;
+      return step_workspace_bytes(sizeof(T) == 8, task);
   }
   return arena.used();
 }
@@ -107,7 +103,7 @@ void run(Kernel kernel, const HeadTask& task, void* memory) {
       merge_carries<T>(task);
       break;
     case Kernel::step:
-      step<T>(task, arena);
+      run_step(sizeof(T) == 8, task, memory);
       break;
   }
 }
@@ -127,38 +123,16 @@ const cpu::KernelTable& table() {
         is_double ? run<double>(kernel, task, memory) : run<float>(kernel, task, memory);
       },
       fma_flops,
-      [](Recurrence kernel, bool is_double, int64_t channels) {
-        return is_double ? recurrence_bytes<double>(kernel, channels)
-                         : recurrence_bytes<float>(kernel, channels);
-      },
-      [](Recurrence kernel, bool is_double, const RecurrenceTask& task, void* memory) {
-        const FlushSubnormals flush;
-        is_double ? run_recurrence<double>(kernel, task, memory)
-                  : run_recurrence<float>(kernel, task, memory);
-        if (task.stream) stream_fence();
-      },
-      [](bool is_double, int64_t channels) {
-        return is_double ? convolution_bytes<double>(channels) : convolution_bytes<float>(channels);
-      },
-      [](Convolution kernel, bool is_double, const ConvolutionTask& task, void* memory) {
-        const FlushSubnormals flush;
-        is_double ? run_convolution<double>(kernel, task, memory)
-                  : run_convolution<float>(kernel, task, memory);
-        if (task.stream) stream_fence();
-      },
+      recurrence_workspace_bytes,
+      run_recurrence,
+      convolution_workspace_bytes,
+      run_convolution,
       window_workspace_bytes,
       run_window,
       window_step_workspace_bytes,
       run_window_step,
-      [](bool is_double, const RotateTask& task) {
-        return is_double ? Rotation<double>(task, Arena(nullptr)).bytes()
-                         : Rotation<float>(task, Arena(nullptr)).bytes();
-      },
-      [](bool is_double, const RotateTask& task, void* memory) {
-        is_double ? Rotation<double>(task, Arena(memory)).run()
-                  : Rotation<float>(task, Arena(memory)).run();
-        if (task.stream) stream_fence();
-      },
+      rotate_workspace_bytes,
+      run_rotate,
   };
   return kTable;
 }

@@ -48,8 +48,8 @@ class WindowSource {
       : tile_(arena, rows, channels, kTileRows + kMaxWidth - 1) {}
 
   // `before` ends with the row before token 0; null: `zero`.
-  LATTE_INLINE void load(int64_t first, int64_t n, int64_t tokens, const T* before,
-                         int64_t before_rows, const T* zero, int64_t stride) {
+  LATTE_NOINLINE void load(int64_t first, int64_t n, int64_t tokens, const T* before,
+                           int64_t before_rows, const T* zero, int64_t stride) {
     const int64_t begin = first < 0 ? 0 : first;
     const int64_t end = first + n < tokens ? first + n : tokens;
     tile_.load(begin, end > begin ? end - begin : 0);
@@ -106,8 +106,8 @@ class ShortConv {
     for (int64_t c = 0; c < (task_.width + 1) * width_; ++c) sums_[c] = 0, totals_[c] = 0;
     with_width(task_.width, [&]<int kWidth>() {
       task_.stream&& dx_.can_stream() ? backward<kWidth, true>() : backward<kWidth, false>();
-      if (task_.is_first && task_.d_initial.data) write_d_initial<kWidth>();
     });
+    if (task_.is_first && task_.d_initial.data) write_d_initial();
     for (int64_t j = 0; j <= task_.width; ++j)
       for (int64_t c = 0; c < task_.channels; ++c) {
         const int64_t lane = c % kLanes<T>;
@@ -258,16 +258,16 @@ class ShortConv {
     }
   }
 
-  template <int kWidth>
   void write_d_initial() {
-    for (int64_t i = 0; i < kWidth - 1; ++i) {
-      const int64_t t = i - (kWidth - 1);
-      dy_.load(t - right(), kWidth, task_.tokens, nullptr, 0, zero_, width_);
+    const int64_t taps = task_.width;
+    for (int64_t i = 0; i < taps - 1; ++i) {
+      const int64_t t = i - (taps - 1);
+      dy_.load(t - right(), taps, task_.tokens, nullptr, 0, zero_, width_);
       const T* extra = d_final_row(t);
       for (int64_t c = 0; c < width_; c += kLanes<T>) {
         Vec<T> sum = load(extra + c);
-        for (int j = 0; j < kWidth; ++j)
-          sum += load(weight_ + at(kWidth, j, c)) * load(dy_.row(kWidth - 1 - j) + c);
+        for (int64_t j = 0; j < taps; ++j)
+          sum += load(weight_ + at(taps, j, c)) * load(dy_.row(taps - 1 - j) + c);
         store(row_ + c, sum);
       }
       Rows target = task_.d_initial;
