@@ -83,6 +83,11 @@ def elapsed(call: Call, count: int = 1) -> float:
         return (clock() - start) / count
 
 
+def calls_per_sample(seconds: float) -> int:
+    """How many calls of so many seconds fill a sample."""
+    return max(1, round(SAMPLE_SECONDS / max(seconds, 1e-7)))
+
+
 def interleave(
     calls: Mapping[str, Call], *, repeats: int, budget: float = float("inf")
 ) -> dict[str, list[Sample]]:
@@ -93,12 +98,14 @@ def interleave(
         repeats: rounds; a round samples every call once.
         budget: seconds after which rounds end, but not before `MIN_REPEATS` of them.
     """
-    # The first call pays for page faults and compilation.
+    # The first call pays for page faults and compilation, and of calls of microseconds the first
+    # hundred take a fifth longer: the number of calls in a sample comes from a warm one.
     counts: dict[str, int] = {}
     for name, call in calls.items():
-        first = elapsed(call)
-        seconds = first if first > SLOW_SECONDS else elapsed(call)
-        counts[name] = max(1, round(SAMPLE_SECONDS / max(seconds, 1e-7)))
+        seconds = elapsed(call)
+        for _ in range(2 if seconds <= SLOW_SECONDS else 0):
+            seconds = elapsed(call, calls_per_sample(seconds))
+        counts[name] = calls_per_sample(seconds)
     samples: dict[str, list[Sample]] = {name: [] for name in calls}
     start = time.perf_counter()
     for done in range(repeats):
