@@ -15,8 +15,9 @@ foreach(object IN LISTS OBJECTS)
   execute_process(COMMAND ${NM} --defined-only --no-sort ${object}
     OUTPUT_VARIABLE symbols COMMAND_ERROR_IS_FATAL ANY)
   string(REGEX MATCHALL "[0-9a-f]+ [TWi] [^\n]+" functions "${symbols}")
-  if(NOT functions MATCHES "5latte${length}${NAMESPACE}(5tableEv|10run_windowE)")
-    message(FATAL_ERROR "${object} has neither table() nor run_window() of latte::${NAMESPACE}")
+  if(NOT functions MATCHES "5latte${length}${NAMESPACE}(5tableEv|10run_windowE|8run_stepE)")
+    message(FATAL_ERROR
+      "${object} has none of table(), run_window() and run_step() of latte::${NAMESPACE}")
   endif()
   foreach(function IN LISTS functions)
     string(REGEX REPLACE "^[0-9a-f]+ [TWi] " "" name "${function}")
